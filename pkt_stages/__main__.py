@@ -1,0 +1,43 @@
+"""The command `pkt`: one sub-command per stage. Bad input ends in one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pkt_stages.errors import UserError
+from pkt_stages.stages.align import align
+from pkt_stages.stages.attribute import attribute
+from pkt_stages.stages.evaluate import evaluate
+from pkt_stages.stages.inject import inject
+from pkt_stages.stages.prepare import prepare
+from pkt_stages.stages.report import report
+from pkt_stages.stages.select import select
+
+app = typer.Typer(
+    name="pkt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Parametric knowledge transfer between language models, as stages: prepare -> attribute (source, target) ->"
+    " select -> align -> inject -> evaluate -> report. `dvc repro` runs them all; each runs alone, too.",
+)
+for stage in (prepare, attribute, select, align, inject, evaluate, report):
+    app.command()(stage)
+
+
+def main() -> None:
+    """Entry point: a UserError becomes one line, an interrupt a short word; anything else is a bug with a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"pkt: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pkt: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

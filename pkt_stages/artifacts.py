@@ -1,0 +1,264 @@
+"""The only door to safetensors artifacts: every kind declares its tensors, and both directions check them.
+
+All metadata is one safetensors key holding canonical JSON, because several keys are written in random order and equal
+runs would then hash differently. It never holds a time, host, user or path. Files are written beside their
+destination, flushed to disk and renamed, so a reader sees the old file, the new file, or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pkt_stages.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "pkt"
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's allowed dtypes and the names of its dimensions; equal names mean equal sizes within one file."""
+
+    dtypes: tuple[str, ...]
+    dims: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of artifact: what makes it, and its tensors by name; `{x}` in a name stands for any word.
+
+    A placeholder used in a dimension's name, as in `union_{layer}`, ties that dimension to the word it matched.
+    """
+
+    made_by: str
+    tensors: Mapping[str, TensorSpec]
+
+
+def _spec(dtypes: str | tuple[str, ...], *dims: str) -> TensorSpec:
+    return TensorSpec((dtypes,) if isinstance(dtypes, str) else dtypes, dims)
+
+
+KINDS: dict[str, Kind] = {
+    # Scores and gains in nats; tokens and neurons as indices. One score tensor per variant of lens and coefficient.
+    "attribution": Kind(
+        "pkt attribute",
+        {
+            "predicted_token": _spec("int64", "example"),
+            "ffn_scores.{norm}": _spec("float32", "example", "layer", "ffn_neuron"),
+            "attn_scores.{norm}.{coefficient}": _spec("float32", "example", "layer", "attn_neuron"),
+            "ffn_gain.{norm}": _spec("float32", "example", "layer"),
+            "attn_gain.{norm}": _spec("float32", "example", "layer"),
+            "top_neurons.{module}": _spec("int64", "example", "top", "layer_and_neuron"),
+            "top_tokens.{module}": _spec("int64", "example", "top", "lens_token"),
+        },
+    ),
+    # Which source neuron goes to which target neuron; rank r maps to rank r.
+    "selection": Kind(
+        "pkt select",
+        {
+            f"{module}_{what}": _spec("int64", "example", "layer_pair", *rest)
+            for module in ("ffn", "attn")
+            for what, rest in (
+                ("layers", ("source_and_target",)),
+                ("source_neurons", (f"{module}_rank",)),
+                ("target_neurons", (f"{module}_rank",)),
+            )
+        },
+    ),
+    # The source's rows at the selected neurons, once per layer: row i belongs to neurons.{module}.{layer}[i].
+    "source_rows": Kind(
+        "pkt select",
+        {
+            "neurons.{module}.{layer}": _spec("int64", "union_{module}_{layer}"),
+            "ffn_up.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
+            "ffn_down.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
+            "attn_v.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
+            "attn_o.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
+        },
+    ),
+    # One two-layer mapping per site.
+    "hypernetwork": Kind(
+        "pkt align",
+        {
+            "{site}.0.weight": _spec("float32", "d_hidden", "d_source"),
+            "{site}.2.weight": _spec("float32", "d_target", "d_hidden"),
+        },
+    ),
+    # Rows to add to the target's neurons; layers and neurons count in the target.
+    "delta": Kind(
+        "pkt inject",
+        {
+            "{site}.layers": _spec("int64", "layer_pair"),
+            "{site}.neurons": _spec("int64", "layer_pair", "rank_{site}"),
+            "{site}.rows": _spec("float32", "layer_pair", "rank_{site}", "d_target"),
+        },
+    ),
+}
+
+
+def save(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write an artifact after checking it against its kind.
+
+    Args:
+        path: where; folders are made. Nothing is left there if writing fails.
+        kind: a key of `KINDS`.
+        tensors: by name; made contiguous and moved to the CPU.
+        meta: JSON values: models with revision, params, units. No time, host, user or path.
+
+    Raises:
+        UserError: a non-finite value, or the disk is full. AssertionError: tensors that do not fit the kind.
+    """
+    import torch
+    from safetensors.torch import save as to_bytes
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
+    problem = _mismatch(kind, described)
+    assert problem is None, f"{kind}: {problem}"
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity; not written (look at the inputs' weights)")
+    header = {"kind": kind, "schema_version": SCHEMA_VERSION, **meta}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(to_bytes(tensors, metadata={METADATA_KEY: text}))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` on success, remove it on any failure.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; free space and run again (nothing was written)") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
+            raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write canonical, readable JSON (sorted keys) whole."""
+    text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open artifact: metadata at hand, tensors read from disk when asked for."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    _file: Any
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise UserError(f"{self.path}: has no tensor {name}; found {', '.join(sorted(self.shapes)) or 'none'}")
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self[name] for name in self.shapes}
+
+
+def load(path: Path, kind: str) -> Artifact:
+    """Open an artifact and check it against its kind; tensors are read lazily.
+
+    Raises:
+        UserError: naming path, what was expected, what was found, and the command that makes such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    made_by = KINDS[kind].made_by
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a {kind} artifact, made by `{made_by}`")
+    try:
+        file = safe_open(path, framework="pt")
+        raw = (file.metadata() or {}).get(METADATA_KEY)
+        names = list(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
+        described = {n: (_DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not a readable safetensors file ({reason}); expected a {kind} artifact,"
+            f" make it again with `{made_by}`"
+        ) from None
+    try:
+        meta = json.loads(raw) if raw is not None else None
+    except (json.JSONDecodeError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or "kind" not in meta:
+        raise UserError(f"{path}: a safetensors file without this project's metadata; expected a {kind} artifact")
+    if meta["kind"] != kind:
+        raise UserError(f"{path}: expected a {kind} artifact (made by `{made_by}`), found {meta['kind']}")
+    if meta.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {meta.get('schema_version')};"
+            f" make it again with `{made_by}`"
+        )
+    problem = _mismatch(kind, described)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; make it again with `{made_by}`")
+    return Artifact(path, meta, {name: shape for name, (_, shape) in described.items()}, file)
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
+
+
+def _mismatch(kind: str, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    """What is wrong with these tensors (name -> dtype, shape) as an artifact of this kind; None if nothing is."""
+    patterns = {name: re.compile(_pattern(name)) for name in KINDS[kind].tensors}
+    sizes: dict[str, tuple[int, str]] = {}
+    used: set[str] = set()
+    for name, (dtype, shape) in sorted(described.items()):
+        found = [(p, m) for p, regex in patterns.items() if (m := regex.fullmatch(name))]
+        # A literal name wins over a pattern that happens to match it.
+        found.sort(key=lambda pair: "{" in pair[0])
+        if not found:
+            return f"unexpected tensor {name} in a {kind} artifact"
+        pattern, match = found[0]
+        used.add(pattern)
+        spec = KINDS[kind].tensors[pattern]
+        if dtype not in spec.dtypes:
+            return f"tensor {name}: expected {' or '.join(spec.dtypes)}, found {dtype}"
+        if len(shape) != len(spec.dims):
+            return f"tensor {name}: expected dimensions [{', '.join(spec.dims)}], found shape {list(shape)}"
+        for dim, size in zip(spec.dims, shape, strict=True):
+            dim = dim.format(**match.groupdict())
+            known, where = sizes.setdefault(dim, (size, name))
+            if known != size:
+                return f"tensor {name}: {dim} is {size}, but {known} in {where}"
+    missing = set(patterns) - used
+    if missing:
+        return f"tensor {min(missing)} is missing from a {kind} artifact"
+    return None
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(name))

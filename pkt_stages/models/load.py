@@ -1,0 +1,158 @@
+"""Loading models and tokenizers from a local folder, a folder that points to the hub, or a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pkt_stages.errors import UserError
+from pkt_stages.models.sites import geometry
+
+if TYPE_CHECKING:
+    import torch
+
+POINTER = "hub.yaml"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which model: a local folder, or a hub repository at a revision."""
+
+    location: str
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+
+def resolve(model: str, revision: str | None = None) -> ModelRef:
+    """Follow `hub.yaml` in a folder ({repo, revision}), else take the name as it is.
+
+    Raises:
+        UserError: a path that does not exist, or a pointer that is not {repo, revision}.
+    """
+    folder = Path(model)
+    pointer = folder / POINTER
+    if pointer.is_file():
+        content = yaml.safe_load(pointer.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or set(content) != {"repo", "revision"}:
+            raise UserError(f"{pointer}: expected the keys repo and revision, found {content!r}")
+        return ModelRef(str(content["repo"]), revision or str(content["revision"]))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
+        return ModelRef(model, None)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
+    return ModelRef(model, revision)
+
+
+def load_config(ref: ModelRef) -> Any:
+    """The model's config; only supported architectures get through."""
+    from transformers import AutoConfig
+
+    config = _explained(ref, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision))
+    geometry(config)
+    return config
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    from transformers import AutoTokenizer
+
+    return _explained(ref, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision))
+
+
+def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The model in evaluation mode without gradients, from safetensors only and without remote code.
+
+    Args:
+        dtype: `auto` keeps the checkpoint's; else float32, float16 or bfloat16.
+        device: as torch names it; `auto` shards over the GPUs there are.
+
+    Raises:
+        UserError: missing or unreadable files, unsupported architecture, unknown device, NaN in the weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load_config(ref)
+    check_device(device)
+    model = _explained(
+        ref,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            ref.location,
+            revision=ref.revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device,
+            use_safetensors=True,
+            trust_remote_code=False,
+        ),
+    )
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have, before anything is loaded."""
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        known = "expected cpu, cuda, cuda:N or auto"
+        raise UserError(f"device {device!r} cannot be used here ({reason}); {known}") from None
+
+
+def identity(ref: ModelRef) -> dict[str, str | None]:
+    """What goes into an artifact's metadata: the hub name with its revision, or the hash of a folder's weights."""
+    if not ref.is_local:
+        return {"name": ref.location, "revision": ref.revision}
+    return {"name": Path(ref.location).name, "revision": f"sha256:{folder_hash(Path(ref.location))}"}
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's config and weights, hexadecimal."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.name == "config.json" or path.suffix == ".safetensors":
+            total.update(path.name.encode())
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors in the order of their names, hexadecimal."""
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _explained(ref: ModelRef, load: Any) -> Any:
+    """Turn what the libraries raise on bad model files into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        at = f" at revision {ref.revision}" if ref.revision else ""
+        raise UserError(f"{ref.location}{at}: the model cannot be loaded ({reason})") from None

@@ -1,0 +1,1 @@
+"""The embedded pair of profile `tiny`: seeded data, one shared tokenizer, a trained source and a trained target."""

@@ -1,0 +1,156 @@
+"""The benchmark files and the models' own training corpus, both functions of a seed.
+
+The corpus is drawn from the same families, never holds a row of the pool or test files (compared by chat prompt), and
+is never stored: document `number` of step `step` is made when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pkt_stages.examples import TASKS, from_benchmark, write_rows
+from pkt_stages.tiny.draw import GradedRow, Part, draw
+from pkt_stages.tiny.facts import exposure, make_facts, option_drill_parts, quiz_parts, quiz_row, recall_parts
+from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
+from pkt_stages.tiny.settings import FAMILY_SHARES, POOL_ROWS, TEST_ROWS, TEXT_ROWS
+from pkt_stages.tiny.word_problems import arithmetic_parts, problem_row
+
+MAX_DRAWS = 10_000
+# Kinds of the drill documents, and the shares of drills and recall inside two families of the base corpus.
+DRILL_SHARES = {"options": 0.55, "recall": 0.2, "arithmetic": 0.25}
+OPTION_DRILL_SHARE = 0.1
+RECALL_SHARE = 0.3
+ARITHMETIC_DRILL_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of the corpus in parts; see `Part`."""
+
+    family: str
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts)
+
+
+class Corpus:
+    """The seeded families with their benchmark rows, and documents that avoid those rows."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.facts = make_facts(seed)
+        self.exposure = exposure(self.facts)
+        self._taken: set[str] = set()
+        # Tests first: a small family keeps its easy rows for them.
+        self.test = {task: self._test_rows(task) for task in TASKS}
+        self.pool = {task: self._rows(task, "train", POOL_ROWS[task]) for task in TASKS}
+        self._excluded = frozenset(self._taken)
+
+    def drill_document(self, rng: Random) -> Document:
+        """A short text that drills one skill: letters of options, recall of facts, or arithmetic."""
+        return self._drill(draw(rng, list(DRILL_SHARES), list(DRILL_SHARES.values())), rng)
+
+    def raw_document(self, rng: Random) -> Document:
+        """A plain text: statements, open questions, quizzes, arithmetic, word problems, code."""
+        family = draw(rng, TASKS, [FAMILY_SHARES[task] for task in TASKS])
+        kind = rng.random()
+        if family == "mmlu" and kind < OPTION_DRILL_SHARE:
+            return self._drill("options", rng)
+        if family == "mmlu" and kind < OPTION_DRILL_SHARE + RECALL_SHARE:
+            return self._drill("recall", rng)
+        if family == "gsm8k" and kind < ARITHMETIC_DRILL_SHARE:
+            return self._drill("arithmetic", rng)
+        row = self._corpus_row(family, rng)
+        if family == "mmlu":
+            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)))
+        if family == "gsm8k":
+            answer = from_benchmark(family, row, "").answer.removeprefix("Answer:")
+            return Document(family, ((f"Question: {row['question']}\nAnswer:", False), (answer, True)))
+        if family == "humaneval":
+            return Document(family, ((row["prompt"], False), (row["canonical_solution"], True)))
+        head, colon, body = row["code"].partition(":")
+        return Document(family, ((f"# {row['text']}\n{head}", False), (colon + body, True)))
+
+    def chat_document(self, rng: Random) -> Document:
+        """An exchange in the chat template and the words of the evaluation protocols, without <s> and </s>.
+
+        Its learned part begins where the forced prefix ends.
+        """
+        family = draw(rng, TASKS, [FAMILY_SHARES[task] for task in TASKS])
+        example = from_benchmark(family, self._corpus_row(family, rng), "")
+        lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
+        return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)))
+
+    def _drill(self, kind: str, rng: Random) -> Document:
+        if kind == "options":
+            row = quiz_row(rng, rng.choice(self.facts)).row
+            return Document("mmlu", tuple(option_drill_parts(rng, row)))
+        if kind == "recall":
+            return Document("recall", tuple(recall_parts(rng, self.facts, self.exposure)))
+        return Document("arithmetic", tuple(arithmetic_parts(rng)))
+
+    def _corpus_row(self, family: str, rng: Random) -> dict[str, Any]:
+        for _ in range(MAX_DRAWS):
+            if family == "mmlu":
+                self._last_fact = draw(rng, self.facts, self.exposure)
+                row = quiz_row(rng, self._last_fact).row
+            elif family == "gsm8k":
+                row = problem_row(rng).row
+            elif family == "humaneval":
+                row = list_function_row(rng, CORPUS_EXPONENT).row
+            else:
+                row = step_function_row(rng, CORPUS_EXPONENT).row
+            if from_benchmark(family, row, "").prompt not in self._excluded:
+                return row
+        raise AssertionError(f"{family}: no row outside the benchmark files in {MAX_DRAWS} draws")
+
+    def _test_rows(self, task: str) -> list[GradedRow]:
+        if task == "mmlu":  # one question about every fact
+            facts = iter(self.facts)
+            return self._rows(task, "test", TEST_ROWS, lambda rng: quiz_row(rng, next(facts)))
+        return self._rows(task, "test", TEST_ROWS)
+
+    def _rows(
+        self, task: str, split: str, count: int, make: Callable[[Random], GradedRow] | None = None
+    ) -> list[GradedRow]:
+        """`count` rows whose prompts are new; adds their prompts to the taken ones."""
+        rng = Random(f"{task}-{split}-{self.seed}")
+        makers: Mapping[str, Callable[[Random], GradedRow]] = {
+            "mmlu": lambda rng: quiz_row(rng, rng.choice(self.facts)),
+            "gsm8k": problem_row,
+            "humaneval": list_function_row,
+            "mbpp": step_function_row,
+        }
+        make = make or makers[task]
+        rows: list[GradedRow] = []
+        for _ in range(MAX_DRAWS):
+            graded = make(rng)
+            prompt = from_benchmark(task, graded.row, "").prompt
+            if prompt in self._taken:
+                continue
+            self._taken.add(prompt)
+            number = len(rows)
+            if task == "humaneval":
+                graded.row["task_id"] = f"tiny-{split}/{number}"
+            if task == "mbpp":
+                graded.row["task_id"] = number + (0 if split == "test" else TEST_ROWS)
+            rows.append(graded)
+            if len(rows) == count:
+                return rows
+        raise AssertionError(f"{task}/{split}: only {len(rows)} of {count} rows in {MAX_DRAWS} draws")
+
+
+def write_data(out: Path, corpus: Corpus) -> None:
+    """Write `{task}/{train,test}.jsonl` and `text.jsonl`, held-out raw texts of the base corpus."""
+    for task in TASKS:
+        write_rows(out / task / "test.jsonl", [graded.row for graded in corpus.test[task]])
+        write_rows(out / task / "train.jsonl", [graded.row for graded in corpus.pool[task]])
+    rng = Random(f"text-{corpus.seed}")
+    documents = [corpus.raw_document(rng) for _ in range(TEXT_ROWS)]
+    write_rows(out / "text.jsonl", [{"text": document.text} for document in documents])
