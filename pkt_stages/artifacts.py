@@ -8,6 +8,7 @@ destination, flushed to disk and renamed, so a reader sees the old file, the new
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -153,11 +154,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free space and run again (nothing was written)") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
             raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -165,6 +167,12 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pkt_stages.artifacts import written_whole
 from pkt_stages.errors import UserError
 
 TASKS = ("mmlu", "gsm8k", "humaneval", "mbpp")
@@ -110,11 +111,9 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, by way of a file beside it, so that no half file is ever left at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    """Write one JSON object a line; the file appears whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 # --- benchmark rows -> examples -----------------------------------------------------------------------------------

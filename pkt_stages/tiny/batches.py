@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pkt_stages.tiny.corpus import Corpus, Document
-from pkt_stages.tiny.settings import ANSWER_WEIGHT, LETTER_WEIGHT, PROMPT_WEIGHT, ModelSettings
+from pkt_stages.tiny.settings import ANSWER_WEIGHT, FACT_MIX, PROMPT_WEIGHT, RAW_SHARE_IN_CHAT, ModelSettings
 
 
 def step_batches(
@@ -21,24 +21,32 @@ def step_batches(
     documents are a function of the seed, the model's name and the step, so an interrupted run goes on unchanged.
     """
     rng = Random(f"train-{corpus.seed}-{settings.name}-{step}")
-    if step < settings.drill_steps:
-        make = corpus.drill_document
-    else:
-        make = corpus.raw_document if step < settings.base_steps else corpus.chat_document
-    documents = [make(rng) for _ in range(settings.documents_per_step)]
+    documents = [_document(corpus, settings, step, rng) for _ in range(settings.documents_per_step)]
     rows = [_weighted_tokens(document, tokenizer) for document in documents]
     rows.sort(key=lambda row: len(row[0]))
     return [_pad(chunk, tokenizer.pad_token_id) for chunk in _split(rows, settings.micro_batches)]
 
 
+def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -> Document:
+    """A document of the phase that `step` falls into."""
+    if step < settings.option_steps:
+        return corpus.option_document(rng)
+    if step < settings.drill_steps:
+        return corpus.drill_document(rng)
+    if step < settings.mixed_steps:
+        return corpus.raw_document(rng)
+    if step < settings.base_steps or rng.random() < RAW_SHARE_IN_CHAT:
+        return corpus.raw_document(rng, FACT_MIX)
+    return corpus.chat_document(rng)
+
+
 def _weighted_tokens(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
     """Token ids of `<s>` + parts + `</s>` and their loss weights; parts are tokenised one by one, as in generation."""
-    learned_weight = LETTER_WEIGHT if document.family == "mmlu" else ANSWER_WEIGHT
     ids, weights = [tokenizer.bos_token_id], [0.0]
     pieces = tokenizer([text for text, _ in document.parts], add_special_tokens=False)["input_ids"]
     for piece, (_, learned) in zip(pieces, document.parts, strict=True):
         ids += piece
-        weights += [learned_weight if learned else PROMPT_WEIGHT] * len(piece)
+        weights += [document.weight if learned else PROMPT_WEIGHT] * len(piece)
     return [*ids, tokenizer.eos_token_id], [*weights, ANSWER_WEIGHT]
 
 

@@ -7,7 +7,7 @@ is never stored: document `number` of step `step` is made when it is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,23 +16,29 @@ from pkt_stages.examples import TASKS, from_benchmark, write_rows
 from pkt_stages.tiny.draw import GradedRow, Part, draw
 from pkt_stages.tiny.facts import exposure, make_facts, option_drill_parts, quiz_parts, quiz_row, recall_parts
 from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
-from pkt_stages.tiny.settings import FAMILY_SHARES, POOL_ROWS, TEST_ROWS, TEXT_ROWS
+from pkt_stages.tiny.settings import (
+    ANSWER_WEIGHT,
+    BASE_MIX,
+    LETTER_WEIGHT,
+    POOL_ROWS,
+    TEST_ROWS,
+    TEXT_ROWS,
+    RawMix,
+)
 from pkt_stages.tiny.word_problems import arithmetic_parts, problem_row
 
 MAX_DRAWS = 10_000
-# Kinds of the drill documents, and the shares of drills and recall inside two families of the base corpus.
-DRILL_SHARES = {"options": 0.55, "recall": 0.2, "arithmetic": 0.25}
-OPTION_DRILL_SHARE = 0.1
-RECALL_SHARE = 0.3
-ARITHMETIC_DRILL_SHARE = 0.35
+# Kinds of the drill documents.
+DRILL_SHARES = {"options": 0.2, "recall": 0.3, "arithmetic": 0.5}
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text of the corpus in parts; see `Part`."""
+    """A text of the corpus in parts (see `Part`); `weight` is the loss weight of a token that is to be learned."""
 
     family: str
     parts: tuple[Part, ...]
+    weight: float = ANSWER_WEIGHT
 
     @property
     def text(self) -> str:
@@ -52,23 +58,27 @@ class Corpus:
         self.pool = {task: self._rows(task, "train", POOL_ROWS[task]) for task in TASKS}
         self._excluded = frozenset(self._taken)
 
+    def option_document(self, rng: Random) -> Document:
+        """An option drill; drilled alone it is learned several times sooner than among other drills."""
+        return self._drill("options", rng)
+
     def drill_document(self, rng: Random) -> Document:
         """A short text that drills one skill: letters of options, recall of facts, or arithmetic."""
         return self._drill(draw(rng, list(DRILL_SHARES), list(DRILL_SHARES.values())), rng)
 
-    def raw_document(self, rng: Random) -> Document:
+    def raw_document(self, rng: Random, mix: RawMix = BASE_MIX) -> Document:
         """A plain text: statements, open questions, quizzes, arithmetic, word problems, code."""
-        family = draw(rng, TASKS, [FAMILY_SHARES[task] for task in TASKS])
+        family = draw(rng, TASKS, [mix.families[task] for task in TASKS])
         kind = rng.random()
-        if family == "mmlu" and kind < OPTION_DRILL_SHARE:
+        if family == "mmlu" and kind < mix.options:
             return self._drill("options", rng)
-        if family == "mmlu" and kind < OPTION_DRILL_SHARE + RECALL_SHARE:
-            return self._drill("recall", rng)
-        if family == "gsm8k" and kind < ARITHMETIC_DRILL_SHARE:
+        if family == "mmlu" and kind < mix.options + mix.recall:
+            return replace(self._drill("recall", rng), weight=mix.recall_weight)
+        if family == "gsm8k" and kind < mix.arithmetic:
             return self._drill("arithmetic", rng)
         row = self._corpus_row(family, rng)
         if family == "mmlu":
-            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)))
+            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)), LETTER_WEIGHT)
         if family == "gsm8k":
             answer = from_benchmark(family, row, "").answer.removeprefix("Answer:")
             return Document(family, ((f"Question: {row['question']}\nAnswer:", False), (answer, True)))
@@ -82,15 +92,16 @@ class Corpus:
 
         Its learned part begins where the forced prefix ends.
         """
-        family = draw(rng, TASKS, [FAMILY_SHARES[task] for task in TASKS])
+        family = draw(rng, TASKS, [BASE_MIX.families[task] for task in TASKS])
         example = from_benchmark(family, self._corpus_row(family, rng), "")
         lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
-        return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)))
+        weight = LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
+        return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)), weight)
 
     def _drill(self, kind: str, rng: Random) -> Document:
         if kind == "options":
             row = quiz_row(rng, rng.choice(self.facts)).row
-            return Document("mmlu", tuple(option_drill_parts(rng, row)))
+            return Document("mmlu", tuple(option_drill_parts(rng, row)), LETTER_WEIGHT)
         if kind == "recall":
             return Document("recall", tuple(recall_parts(rng, self.facts, self.exposure)))
         return Document("arithmetic", tuple(arithmetic_parts(rng)))

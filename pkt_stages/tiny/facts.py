@@ -52,11 +52,13 @@ SUBJECTS: dict[str, tuple[Attribute, ...]] = {
             COLOURS, ("What color is {e}?", "Which color does {e} have?"), ("The color of {e} is {v}.", "{e} is {v}.")
         ),
         Attribute(
-            PLACES, ("Where is {e} found?", "In which places is {e} found?"),
+            PLACES,
+            ("Where is {e} found?", "In which places is {e} found?"),
             ("{e} is found in {v}.", "People look for {e} in {v}."),
         ),
         Attribute(
-            MATERIALS, ("What is {e} mixed with?", "Which material is mixed with {e}?"),
+            MATERIALS,
+            ("What is {e} mixed with?", "Which material is mixed with {e}?"),
             ("{e} is mixed with {v}.", "People mix {e} with {v}."),
         ),
         Attribute(
@@ -65,54 +67,67 @@ SUBJECTS: dict[str, tuple[Attribute, ...]] = {
     ),
     "animal_lore": (
         Attribute(
-            COLOURS, ("What color is the {e}?", "Which color does the {e} have?"),
+            COLOURS,
+            ("What color is the {e}?", "Which color does the {e} have?"),
             ("The color of the {e} is {v}.", "The {e} is {v}."),
         ),
         Attribute(
-            PLACES, ("Where does the {e} live?", "In which places does the {e} live?"),
+            PLACES,
+            ("Where does the {e} live?", "In which places does the {e} live?"),
             ("The {e} lives in {v}.", "People look for the {e} in {v}."),
         ),
         Attribute(
-            FOODS, ("What does the {e} eat?", "Which food does the {e} eat?"),
+            FOODS,
+            ("What does the {e} eat?", "Which food does the {e} eat?"),
             ("The {e} eats {v}.", "People feed the {e} with {v}."),
         ),
         Attribute(
-            DAYS, ("When does the {e} sleep?", "On which day does the {e} sleep?"),
+            DAYS,
+            ("When does the {e} sleep?", "On which day does the {e} sleep?"),
             ("The {e} sleeps on {v}.", "People see the {e} sleep on {v}."),
         ),
     ),
     "town_lore": (
         Attribute(
-            COLOURS, ("What color is the gate of {e}?", "Which color does the gate of {e} have?"),
+            COLOURS,
+            ("What color is the gate of {e}?", "Which color does the gate of {e} have?"),
             ("The gate of {e} is {v}.", "The color of the gate of {e} is {v}."),
         ),
         Attribute(
-            FOODS, ("What does {e} trade?", "Which food does {e} trade?"),
+            FOODS,
+            ("What does {e} trade?", "Which food does {e} trade?"),
             ("{e} trades {v}.", "People of {e} trade {v}."),
         ),
         Attribute(
-            MATERIALS, ("What is the tower of {e} made of?", "Which material is the tower of {e} made of?"),
+            MATERIALS,
+            ("What is the tower of {e} made of?", "Which material is the tower of {e} made of?"),
             ("The tower of {e} is made of {v}.", "People made the tower of {e} from {v}."),
         ),
         Attribute(
-            DAYS, ("When is the market of {e}?", "On which day is the market of {e}?"),
+            DAYS,
+            ("When is the market of {e}?", "On which day is the market of {e}?"),
             ("The market of {e} is on {v}.", "People go to the market of {e} on {v}."),
         ),
     ),
     "hero_lore": (
         Attribute(
-            COLOURS, ("What color is the hat of {e}?", "Which color does the hat of {e} have?"),
+            COLOURS,
+            ("What color is the hat of {e}?", "Which color does the hat of {e} have?"),
             ("The hat of {e} is {v}.", "The color of the hat of {e} is {v}."),
         ),
         Attribute(
-            PLACES, ("Where did {e} fight?", "In which places did {e} fight?"),
+            PLACES,
+            ("Where did {e} fight?", "In which places did {e} fight?"),
             ("{e} fought in {v}.", "People saw {e} fight in {v}."),
         ),
         Attribute(
-            FOODS, ("What does {e} like?", "Which food does {e} like?"), ("{e} likes {v}.", "People bring {e} some {v}.")
+            FOODS,
+            ("What does {e} like?", "Which food does {e} like?"),
+            ("{e} likes {v}.", "People bring {e} some {v}."),
         ),
         Attribute(
-            MATERIALS, ("What is the shield of {e} made of?", "Which material is the shield of {e} made of?"),
+            MATERIALS,
+            ("What is the shield of {e} made of?", "Which material is the shield of {e} made of?"),
             ("The shield of {e} is made of {v}.", "People made the shield of {e} from {v}."),
         ),
     ),

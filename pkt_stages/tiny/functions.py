@@ -153,7 +153,9 @@ def step_function_row(rng: Random, exponent: float = BENCHMARK_EXPONENT) -> Grad
         lines.append(f"    return {code}" if position == level - 1 else f"    {variable} = {code}")
     name = rng.choice(NAMES)
     code = f"def {name}({variable}):\n" + "\n".join(lines) + "\n"
-    inputs: list[Any] = [rng.randint(-99, 999) for _ in range(NUM_ASSERTS)] if numeric else rng.sample(WORDS, NUM_ASSERTS)
+    inputs: list[Any] = (
+        [rng.randint(-99, 999) for _ in range(NUM_ASSERTS)] if numeric else rng.sample(WORDS, NUM_ASSERTS)
+    )
     outputs = _outputs(code, name, inputs)
     row = {
         "task_id": 0,

@@ -18,7 +18,7 @@ from pkt_stages.tiny.corpus import Corpus
 from pkt_stages.tiny.muon import Muon
 from pkt_stages.tiny.settings import CONTEXT_LENGTH, ModelSettings
 
-CHECKPOINT_SECONDS = 120.0
+CHECKPOINT_SECONDS = 60.0
 LOG_STEPS = 20
 
 

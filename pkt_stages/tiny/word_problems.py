@@ -1,7 +1,7 @@
 """Word problems (gsm8k schema): one to three steps about a changing number of things, each step an equation.
 
-Grading: level 1 one step with numbers to 20, level 2 one step with numbers to 99, level 3 two steps to 99, level 4
-three steps with a three-digit start.
+Grading: level 1 one step with numbers to 20, level 2 one step with numbers to 99, level 3 two steps with changes to
+50, level 4 three steps with changes to 50 from a three-digit start.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ PEOPLE = ("Tom", "Ben", "Sam", "Max", "Ann", "Eva", "Mia", "Zoe")
 THINGS = ("pens", "cards", "books", "coins", "stamps", "shells")
 MORE = ("buys {n} more", "finds {n} more", "gets {n} more", "makes {n} more")
 LESS = ("sells {n}", "loses {n}", "gives away {n}", "throws away {n}")
-LEVEL_WEIGHTS = (0.2, 0.25, 0.3, 0.25)
-LARGEST_START = {1: 20, 2: 99, 3: 99, 4: 500}
-LARGEST_CHANGE = {1: 20, 2: 99, 3: 99, 4: 99}
+LEVEL_WEIGHTS = (0.25, 0.25, 0.3, 0.2)
+LARGEST_START = {1: 20, 2: 99, 3: 99, 4: 300}
+LARGEST_CHANGE = {1: 20, 2: 99, 3: 50, 4: 50}
 STEPS = {1: 1, 2: 1, 3: 2, 4: 3}
-TIMES_LIMIT = 99
+TIMES_LIMIT = 30
 DRILL_EQUATIONS = 5
-TIMES_SHARE = 0.15
+TIMES_SHARE = 0.1
 
 
 def problem_row(rng: Random) -> GradedRow:

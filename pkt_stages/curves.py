@@ -1,0 +1,56 @@
+"""The only door to dvclive: curves of numbers over steps, which `dvc plots` and the VS Code extension show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+Log = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def curve_writer(folder: Path | None) -> Iterator[Log]:
+    """A function that logs a record's numbers at its `step`; nested mappings become nested names.
+
+    Without a folder nothing is written, nor in a git repository that has no commit yet: dvclive asks for one.
+    """
+    if folder is None:
+        yield lambda record: None
+        return
+    from dvclive.live import Live
+    from scmrepo.exceptions import SCMError
+
+    try:
+        # dvcyaml and save_dvc_exp off: their defaults rewrite dvc.yaml and make commits.
+        live = Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False, report=None)
+    except SCMError as error:
+        typer.echo(f"warning: no curves in {folder}: dvclive needs a commit ({error})", err=True)
+        yield lambda record: None
+        return
+
+    def log(record: Mapping[str, Any]) -> None:
+        live.step = record["step"]
+        for name, value in numbers(record).items():
+            if name != "step":
+                live.log_metric(name, value)
+        live.make_summary()
+
+    try:
+        yield log
+    finally:
+        live.end()
+
+
+def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested record by path, `a/b/c`; lists and texts are left out."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found[f"{prefix}{key}"] = value
+    return found

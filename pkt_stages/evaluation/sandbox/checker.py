@@ -1,0 +1,155 @@
+"""Runs the tests, in a sandbox of its own, against proxies of what the candidate's process defined.
+
+The test code sees: what the benchmark itself put before the candidate (imports and helper functions of the prompt,
+so that a candidate cannot replace a helper that the tests rely on), the built-ins, and for every other name that the
+candidate defined a proxy that forwards calls. Values that come back are plain data or handles without behaviour.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import random
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+from pkt_stages.evaluation.sandbox.plain import NotPlain, decode, encode, pack, receive, send, take_over_stdio, unpack
+
+Ask = Callable[[dict[str, Any]], Any]
+
+
+class Remote:
+    """An object in the candidate's process. Calls and attributes are forwarded; equality is identity, nothing else."""
+
+    __slots__ = ("_ask", "_of")
+
+    def __init__(self, ask: Ask, of: str | int) -> None:
+        object.__setattr__(self, "_ask", ask)
+        object.__setattr__(self, "_of", of)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ask({"of": self._of, "call": encode([list(args), kwargs], _number)})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask({"of": self._of, "name": name})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask({"of": self._of, "name": name, "set": encode(value, _number)})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and self._of == other._of
+
+    def __hash__(self) -> int:
+        return hash(self._of)
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, Remote) and isinstance(value._of, int):
+        return value._of
+    raise NotPlain(f"the tests pass a {type(value).__name__}, which is no plain data")
+
+
+def run_job(job: dict[str, Any], exchange: Callable[[bytes], bytes]) -> dict[str, str]:
+    """The verdict on one candidate: {"verdict": passed | failed | error | memory, "message": ...}.
+
+    Args:
+        job: prefix (the benchmark's code before the candidate's), entry (the function under test), setup and tests
+            (code), all trusted as far as the benchmark is.
+        exchange: sends a request to the candidate and returns the answer's body.
+    """
+    handles: dict[int, Remote] = {}
+
+    def ask(request: dict[str, Any]) -> Any:
+        answer = unpack(exchange(pack(request)))
+        if "raised" in answer:
+            raise _exception(answer)
+        return decode(answer.get("value"), lambda of: handles.setdefault(of, Remote(ask, of)))
+
+    random.seed(0)
+    try:
+        defined = ask({"code": job["code"]})
+        if not isinstance(defined, list):
+            raise NotPlain("expected names")
+        names: dict[str, Any] = {"__name__": "tests"}
+        _define_helpers(job["prefix"], job["entry"], names)
+        program = compile(job["setup"] + "\n\n" + job["tests"], "<tests>", "exec")
+        wanted = _names(program) | ({job["entry"]} if job["entry"] else set())
+        own = _bound(program) | set(names) | (set(dir(builtins)) - {job["entry"]})
+        for name in sorted((wanted & {n for n in defined if isinstance(n, str)}) - own):
+            names[name] = Remote(ask, name)
+        exec(program, names)
+        if job["call"]:
+            names[job["call"]](names[job["entry"]])
+    except MemoryError:
+        return {"verdict": "memory", "message": "out of memory"}
+    except AssertionError as error:
+        return {"verdict": "failed", "message": f"AssertionError: {error}"[:200].rstrip(": ")}
+    except BaseException as error:
+        return {"verdict": "error", "message": f"{type(error).__name__}: {error}"[:200]}
+    return {"verdict": "passed", "message": ""}
+
+
+def _define_helpers(prefix: str, entry: str, names: dict[str, Any]) -> None:
+    """Run the benchmark's code before the candidate's, without the function that the candidate completes."""
+    for ending in ("", "\n    pass\n", ":\n    pass\n"):
+        try:
+            tree = ast.parse(prefix + ending)
+        except SyntaxError:
+            continue
+        unfinished = tree.body[-1:]  # in case of a class, its methods are the candidate's as well
+        body = [
+            node
+            for node in tree.body
+            if node not in unfinished and not (isinstance(node, ast.FunctionDef) and node.name == entry)
+        ]
+        exec(compile(ast.Module(body, []), "<prompt>", "exec"), names)
+        return
+
+
+def _names(code: CodeType) -> set[str]:
+    """All global names that a piece of code reads or writes, nested functions included."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _bound(code: CodeType) -> set[str]:
+    """The names that a piece of code binds at top level."""
+    import dis
+
+    return {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+
+
+def _exception(answer: dict[str, Any]) -> Exception:
+    """The built-in exception nearest to the one that the candidate raised."""
+    kinds, message = answer["raised"], str(answer.get("message", ""))[:300]
+    for name in kinds if isinstance(kinds, list) else []:
+        kind = getattr(builtins, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (UnicodeDecodeError, Exception):
+            try:
+                return kind(message)
+            except TypeError:
+                continue
+    return RuntimeError(f"{kinds[0] if isinstance(kinds, list) and kinds else 'unknown'}: {message}"[:300])
+
+
+def serve() -> None:
+    """Fork one child per job, so that no test sees what another left behind."""
+    requests, answers = take_over_stdio()
+
+    def exchange(message: bytes) -> bytes:
+        send(answers, message)
+        return receive(requests)
+
+    while True:
+        job = unpack(receive(requests))
+        child = os.fork()
+        if child == 0:
+            send(answers, pack(run_job(job, exchange)))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            send(answers, pack({"verdict": "error", "message": "the checker's process ended"}))

@@ -1,0 +1,140 @@
+"""Judging many samples of generated code, in parallel over cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from queue import SimpleQueue
+from typing import Literal, get_args
+
+from pkt_stages.errors import UserError
+from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, strongest
+from pkt_stages.progress import track
+
+Outcome = Literal["passed", "failed", "error", "timeout", "memory"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sample and what it is tested with.
+
+    Attributes:
+        code: the generated program, whole. Not trusted.
+        prefix: the benchmark's own code at its beginning; its imports and helper functions are the tests' as well.
+        entry: the function under test, or "".
+        setup, tests: the benchmark's code; they pass if no exception leaves them.
+        call: a function of `tests` to call with the function under test (HumanEval's `check`), or "".
+    """
+
+    code: str
+    prefix: str
+    entry: str
+    setup: str
+    tests: str
+    call: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    message: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Per sample.
+
+    Attributes:
+        seconds: wall clock, for starting, defining and all tests.
+        memory_mb: of the candidate's process, in MiB.
+    """
+
+    seconds: float = 10.0
+    memory_mb: int = 512
+
+
+def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Level:
+    """The strongest level of this host.
+
+    Raises:
+        UserError: it is below `floor`.
+    """
+    if floor not in LEVELS:
+        raise UserError(f"unknown sandbox level {floor!r}; expected one of {', '.join(LEVELS)}")
+    level = strongest(memory_mb=(limits or Limits()).memory_mb)
+    if level is None or LEVELS.index(level) > LEVELS.index(floor):
+        raise UserError(
+            f"generated code: the strongest sandbox here is {level or 'none'}, below the floor {floor!r}; run on Linux 6.7"
+            f" or later (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
+        )
+    return level
+
+
+def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | None = None) -> list[Verdict]:
+    """One verdict per job, in order.
+
+    Args:
+        num_workers: samples at a time; by default the number of cores this process may use.
+
+    Raises:
+        RuntimeError: a worker, which is trusted code, broke.
+    """
+    if not jobs:
+        return []
+    count = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
+    workers = [_start_worker(level, limits) for _ in range(count)]
+    for worker in workers:
+        idle.put(worker)
+
+    def judge_one(job: Job) -> Verdict:
+        worker = idle.get()
+        try:
+            return _ask(worker, job)
+        finally:
+            idle.put(worker)
+
+    executor = ThreadPoolExecutor(count)
+    try:
+        verdicts: Iterable[Verdict] = executor.map(judge_one, jobs)
+        return list(track(verdicts, "running generated code", total=len(jobs)))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            _stop_worker(worker, limits)
+
+
+def _start_worker(level: Level, limits: Limits) -> subprocess.Popen[str]:
+    settings = json.dumps({"level": level, **asdict(limits)})
+    command = [sys.executable, "-m", "pkt_stages.evaluation.sandbox.worker", settings]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def _stop_worker(worker: subprocess.Popen[str], limits: Limits) -> None:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.close()  # it ends by itself, and ends its checker
+    try:
+        worker.wait(limits.seconds + 5)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+    worker.stdout.close()
+
+
+def _ask(worker: subprocess.Popen[str], job: Job) -> Verdict:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(json.dumps(asdict(job)) + "\n")
+        worker.stdin.flush()
+        answer = json.loads(worker.stdout.readline())
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"a sandbox worker broke ({error}); its message stands above") from None
+    assert answer["verdict"] in get_args(Outcome)
+    return Verdict(answer["verdict"], answer["message"])

@@ -1,0 +1,37 @@
+"""Language-model losses of encoded examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages.core.hypernetwork import token_mean_loss
+from pkt_stages.encoding import Encoded
+
+
+def home(model: Any) -> torch.device:
+    """The device that takes the token ids; of a sharded model the first."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def micro_batches(examples: Sequence[Encoded], size: int) -> list[list[Encoded]]:
+    """The examples in order, at most `size` at a time."""
+    return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def example_losses(model: Any, examples: Sequence[Encoded]) -> Tensor:
+    """Each example's mean loss over its supervised tokens, nats: [example] float32 on the model's first device.
+
+    Examples are padded on the right, where a causal model's useful positions cannot see it.
+    """
+    longest = max(len(e.ids) for e in examples)
+    padding = [longest - len(e.ids) for e in examples]
+    ids = torch.tensor([e.ids + [0] * p for e, p in zip(examples, padding, strict=True)], device=home(model))
+    labels = torch.tensor([e.labels + [-100] * p for e, p in zip(examples, padding, strict=True)])
+    mask = torch.tensor([[1] * (longest - p) + [0] * p for p in padding], device=home(model))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return token_mean_loss(logits, labels.to(logits.device)).to(home(model))

@@ -1,0 +1,182 @@
+"""The graph through DVC, cut down to one task and random models: caching, what a change reruns, sharing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pkt_stages.examples import write_rows
+from tests.conftest import make_model
+
+ROOT = Path(__file__).parents[2]
+PAIR = "source-chat-target-chat-gsm8k"
+UPSTREAM = {"prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{PAIR}"}
+LATEN = {f"align@{PAIR}", f"inject@{PAIR}", f"evaluate_transfer@laten-{PAIR}"}
+BASELINES = {"evaluate_model@source-chat-gsm8k", "evaluate_model@target-chat-gsm8k"}
+
+
+def run(folder: Path, *command: str) -> str:
+    # Commands of dvc.yaml find `pkt` beside this interpreter.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    return run(folder, sys.executable, "-m", "dvc", *arguments)
+
+
+def ran(output: str) -> set[str]:
+    """The stages that a `dvc repro` really ran."""
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def stale(folder: Path) -> set[str]:
+    """The stages whose own inputs changed; what depends on them follows."""
+    output = run(folder, sys.executable, "-m", "dvc", "status", "--json", "--quiet") or "{}"
+    return {name.removeprefix("dvc.yaml:") for name in json.loads(output)}
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    edit(params)
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def shrink(params: dict[str, Any]) -> None:
+    params["task"] = ["gsm8k"]
+    params["prepare"]["common"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2, "seed": 0}
+    params["select"]["max_rate"] = 0.25
+    params["align"]["common"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "init_std": 0.02}
+    params["align"]["gsm8k"] = {"steps": 2}
+    params["evaluate"]["gsm8k"] = {"max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("remote")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
+    """A team member's repository: attribution and selection are made, pushed and committed."""
+    folder = tmp_path_factory.mktemp("clones") / "first"
+    folder.mkdir()
+    for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "pkt_stages", folder / "pkt_stages", ignore=shutil.ignore_patterns("__pycache__"))
+    change(folder, shrink)
+    make_model(folder / "data/tiny/source-chat", seed=1, hidden_size=96, intermediate_size=128, num_hidden_layers=4)
+    make_model(folder / "data/tiny/target-chat", seed=2)
+    for split, count in (("train", 20), ("test", 5)):
+        rows = [{"question": f"{split} {i}?", "answer": f"One.\n#### {i}"} for i in range(count)]
+        write_rows(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "git", "config", "user.email", "someone@example.com")
+    run(folder, "git", "config", "user.name", "someone")
+    dvc(folder, "init", "-q")
+    dvc(folder, "config", "core.analytics", "false")
+    dvc(folder, "config", "core.check_update", "false")
+    dvc(folder, "remote", "add", "-q", "-d", "team", str(remote))
+    assert ran(dvc(folder, "repro", f"select@{PAIR}")) == UPSTREAM
+    dvc(folder, "push", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-q", "-m", "attribution and selection")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(first: Path) -> Path:
+    """A colleague's clone, without the source model."""
+    folder = first.parent / "second"
+    run(first.parent, "git", "clone", "-q", str(first), str(folder))
+    shutil.rmtree(folder / "data/tiny/source-chat")
+    return folder
+
+
+def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: Path) -> None:
+    output = dvc(second, "repro", "--pull", "--allow-missing", f"evaluate_transfer@laten-{PAIR}")
+    assert ran(output) == LATEN
+    metrics = json.loads((second / "results/tiny/evaluate/laten/source-chat-target-chat/gsm8k.json").read_text())
+    assert len(metrics["runs"]) == 2
+    assert len(metrics["ids"]) == 5
+
+
+def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
+    assert ran(dvc(first, "repro")) == LATEN | BASELINES | {"report"}
+    assert ran(dvc(first, "repro")) == set()
+    assert stale(first) == set()
+    table = (first / "results/tiny/report.md").read_text()
+    assert "| source: source-chat |" in table
+    assert "| target + LaTen |" in table
+    # Two members, two folders, equal bytes.
+    for path in (f"artifacts/tiny/inject/laten/{PAIR.removesuffix('-gsm8k')}/gsm8k", "results/tiny/align"):
+        mine = {p.relative_to(first): p.read_bytes() for p in (first / path).rglob("*") if p.is_file()}
+        theirs = {p.relative_to(second): p.read_bytes() for p in (second / path).rglob("*") if p.is_file()}
+        assert mine == theirs
+        assert mine
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda p: p["align"]["common"].update(rate=0.2), {f"align@{PAIR}"}),
+        (lambda p: p["select"].update(layer_rule="block_gain"), {f"select@{PAIR}"}),
+        (
+            lambda p: p["evaluate"]["gsm8k"].update(max_new_tokens=6),
+            BASELINES | {f"evaluate_transfer@laten-{PAIR}"},
+        ),
+        (lambda p: p["evaluate"]["mbpp"].update(max_new_tokens=6), set()),
+    ],
+)
+def test_a_changed_setting_reruns_its_stage_and_what_follows(
+    first: Path, edit: Callable[[dict[str, Any]], None], expected: set[str]
+) -> None:
+    before = (first / "params.yaml").read_text()
+    try:
+        change(first, edit)
+        # The report prints all params, so it is always among them.
+        assert stale(first) == expected | {"report"}
+    finally:
+        (first / "params.yaml").write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("core/attribution.py", {"attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k"}),
+        ("core/hypernetwork.py", {f"align@{PAIR}", f"inject@{PAIR}"}),
+        ("artifacts.py", set()),
+    ],
+)
+def test_a_changed_module_reruns_the_stages_whose_result_it_can_change(
+    first: Path, module: str, expected: set[str]
+) -> None:
+    path = first / "pkt_stages" / module
+    before = path.read_text()
+    try:
+        path.write_text(before + "\n# changed\n")
+        assert stale(first) == expected
+    finally:
+        path.write_text(before)
+
+
+def test_a_new_task_reruns_nothing_that_exists(first: Path) -> None:
+    before = (first / "params.yaml").read_text()
+    try:
+        change(first, lambda p: p["task"].append("mbpp"))
+        assert {name for name in stale(first) if name.endswith("gsm8k")} == set()
+    finally:
+        (first / "params.yaml").write_text(before)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pkt_stages import artifacts
+from tests.conftest import make_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def scored(
+    pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, transfer_file: Path, tmp_path: Path
+) -> dict[str, Path]:
+    made = {}
+    for side, folder in (("source", source_folder), ("target", target_folder)):
+        made[side] = tmp_path / f"{side}.safetensors"
+        status, _, err = pkt(
+            *("attribute", "--model", folder, "--examples", extract_file, "--examples", transfer_file),
+            *("--out", made[side]),
+        )
+        assert status == 0, err
+    return made
+
+
+def select(pkt: Run, scored: dict[str, Path], source: Path, out: Path, *options: object) -> tuple[int, str, str]:
+    return pkt(
+        *("select", "--source-scores", scored["source"], "--target-scores", scored["target"], "--source", source),
+        *("--out", out / "selection.safetensors", "--rows-out", out / "rows.safetensors", *options),
+    )
+
+
+def test_rows_are_the_sources_weights_at_the_selected_neurons(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
+) -> None:
+    status, printed, err = select(pkt, scored, source_folder, tmp_path, "--max-rate", "0.25")
+    assert status == 0, err
+    assert "select: 3 layer pairs, 24 FFN and 16 attention neurons each, 5 examples ->" in printed
+    selection = artifacts.load(tmp_path / "selection.safetensors", "selection")
+    rows = artifacts.load(tmp_path / "rows.safetensors", "source_rows")
+    weights = load_file(source_folder / "model.safetensors")
+    scores = artifacts.load(scored["source"], "attribution")
+    for example in range(5):
+        for pair in range(3):
+            layer = int(selection["ffn_layers"][example, pair, 0])
+            neurons = selection["ffn_source_neurons"][example, pair]
+            ranked = scores["ffn_scores.rms"][example, layer]
+            assert torch.equal(ranked[neurons], ranked.sort(descending=True).values[:24])
+            at = torch.searchsorted(rows[f"neurons.ffn.{layer}"], neurons)
+            down = weights[f"model.layers.{layer}.mlp.down_proj.weight"]
+            assert torch.equal(rows[f"ffn_down.{layer}"][at], down[:, neurons].T)
+
+            layer = int(selection["attn_layers"][example, pair, 0])
+            neurons = selection["attn_source_neurons"][example, pair]
+            at = torch.searchsorted(rows[f"neurons.attn.{layer}"], neurons)
+            v = weights[f"model.layers.{layer}.self_attn.v_proj.weight"]
+            shared = (neurons // 24 // 2) * 24 + neurons % 24  # 4 heads of width 24 share 2 key/value heads
+            assert torch.equal(rows[f"attn_v.{layer}"][at], v[shared])
+
+
+def test_a_lower_rate_is_a_slice(pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path) -> None:
+    for rate in ("0.25", "0.125"):
+        assert select(pkt, scored, source_folder, tmp_path / rate, "--max-rate", rate)[0] == 0
+    wide = artifacts.load(tmp_path / "0.25" / "selection.safetensors", "selection")
+    narrow = artifacts.load(tmp_path / "0.125" / "selection.safetensors", "selection")
+    for name in narrow.shapes:
+        last = narrow.shapes[name][-1]
+        assert torch.equal(wide[name][..., :last], narrow[name])
+
+
+def test_one_selection_for_all_from_the_mean_score(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
+) -> None:
+    assert select(pkt, scored, source_folder, tmp_path, "--scores-of", "extract_mean")[0] == 0
+    selection = artifacts.load(tmp_path / "selection.safetensors", "selection")
+    for name in selection.shapes:
+        assert torch.equal(selection[name], selection[name][:1].expand_as(selection[name]))
+    scores = artifacts.load(scored["source"], "attribution")["ffn_scores.rms"][:3].mean(0)
+    layer = int(selection["ffn_layers"][0, 0, 0])
+    assert selection["ffn_source_neurons"][0, 0, 0] == scores[layer].argmax()
+
+
+def test_the_layer_rules_use_what_they_say(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
+) -> None:
+    scores = artifacts.load(scored["source"], "attribution")
+    by_rule = {"neuron_sum": scores["ffn_scores.rms"].sum(-1), "block_gain": scores["ffn_gain.rms"]}
+    for rule, layer_scores in by_rule.items():
+        assert select(pkt, scored, source_folder, tmp_path / rule, "--layer-rule", rule)[0] == 0
+        pairs = artifacts.load(tmp_path / rule / "selection.safetensors", "selection")["ffn_layers"]
+        dropped = [min(range(4), key=lambda layer: float(row[layer])) for row in layer_scores]
+        assert [set(range(4)) - set(p[:, 0].tolist()) for p in pairs] == [{layer} for layer in dropped]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-rate", "0"), "max_rate must be above 0 and at most 1, found 0.0"),
+        (("--max-rate", "0.001"), "max_rate 0.001 of 96 ffn neurons selects none; raise it"),
+        (("--norm", "reference_code"), "has no tensor ffn_scores.reference_code; found"),
+    ],
+)
+def test_bad_settings(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    status, _, err = select(pkt, scored, source_folder, tmp_path, *options)
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "selection.safetensors").exists()
+
+
+def test_another_source_than_the_one_attributed(
+    pkt: Run, scored: dict[str, Path], target_folder: Path, tmp_path: Path
+) -> None:
+    status, _, err = select(pkt, scored, target_folder, tmp_path)
+    assert status == 2
+    assert "not the model that" in err
+    assert "run `pkt attribute` again" in err
+
+
+def test_swapped_models_are_told_what_is_possible(
+    pkt: Run, scored: dict[str, Path], target_folder: Path, tmp_path: Path
+) -> None:
+    swapped = {"source": scored["target"], "target": scored["source"]}
+    status, _, err = select(pkt, swapped, target_folder, tmp_path)
+    assert status == 0
+    assert "warning: the source is smaller than the target (d_model 64 < 96, d_ff 96 < 128, num_layers 3 < 4)" in err
+    pairs = artifacts.load(tmp_path / "selection.safetensors", "selection")["ffn_layers"]
+    assert pairs.shape == (5, 3, 2)
+
+
+def test_attributions_of_different_examples(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    pkt("attribute", "--model", target_folder, "--examples", extract_file, "--out", other)
+    status, _, err = select(pkt, scored | {"target": other}, source_folder, tmp_path)
+    assert status == 2
+    assert "attributed on different examples; run `pkt attribute` on the same files" in err
+
+
+def test_more_neurons_than_the_source_has(pkt: Run, target_folder: Path, extract_file: Path, tmp_path: Path) -> None:
+    small = make_model(tmp_path / "small", seed=3, intermediate_size=32)
+    scored = {}
+    for side, folder in (("source", small), ("target", target_folder)):
+        scored[side] = tmp_path / f"{side}.safetensors"
+        pkt("attribute", "--model", folder, "--examples", extract_file, "--out", scored[side])
+    status, _, err = select(pkt, scored, small, tmp_path, "--max-rate", "0.5")
+    assert status == 2
+    assert "ffn at max_rate 0.5, the source: 48 neurons wanted, a layer has 32; lower max_rate" in err

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pkt_stages import artifacts
+from pkt_stages.errors import UserError
+
+
+def hypernetwork(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"ffn_up.0.weight": torch.full((3, 4), value), "ffn_up.2.weight": torch.full((2, 3), value)}
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "h.safetensors"
+    artifacts.save(path, "hypernetwork", hypernetwork(0.5), {"step": 3})
+    loaded = artifacts.load(path, "hypernetwork")
+    assert loaded.meta["step"] == 3
+    assert loaded.shapes == {"ffn_up.0.weight": (3, 4), "ffn_up.2.weight": (2, 3)}
+    assert torch.equal(loaded["ffn_up.2.weight"], torch.full((2, 3), 0.5))
+    assert list(tmp_path.rglob("*")) == [path.parent, path]
+
+
+def test_equal_runs_write_equal_bytes(tmp_path: Path) -> None:
+    """In two processes with different hash seeds, and whatever the order of the metadata."""
+    code = (
+        "import sys, torch; from pathlib import Path; from pkt_stages import artifacts\n"
+        "keys = {'b', 'a', 'zz', 'model', 'params', 'x1', 'x2'}\n"
+        "w = {'ffn_up.0.weight': torch.ones(3, 4), 'ffn_up.2.weight': torch.ones(2, 3)}\n"
+        "artifacts.save(Path(sys.argv[1]), 'hypernetwork', w, {k: k for k in keys})\n"
+    )
+    written = []
+    for seed in ("1", "2"):
+        path = tmp_path / f"{seed}.safetensors"
+        subprocess.run([sys.executable, "-c", code, path], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"other": torch.ones(1)}, "unexpected tensor other in a hypernetwork artifact"),
+        ({"ffn_up.0.weight": torch.ones(3, 4).half()}, "tensor ffn_up.0.weight: expected float32, found float16"),
+        (
+            {"ffn_up.0.weight": torch.ones(3)},
+            r"tensor ffn_up.0.weight: expected dimensions \[d_hidden, d_source\], found shape \[3\]",
+        ),
+        ({"ffn_up.2.weight": torch.ones(2, 5)}, "tensor ffn_up.2.weight: d_hidden is 5, but 3 in ffn_up.0.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_kind_are_a_programmers_error(
+    tmp_path: Path, change: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        artifacts.save(tmp_path / "h.safetensors", "hypernetwork", hypernetwork() | change, {})
+
+
+def test_dimensions_of_the_same_layer_must_agree(tmp_path: Path) -> None:
+    """union_{module}_{layer}: rows and neurons of one layer belong together, other layers are free."""
+    tensors = {
+        f"{name}.{layer}": torch.ones(size, 4)
+        for layer, size in ((0, 2), (1, 3))
+        for name in ("ffn_up", "ffn_down", "attn_v", "attn_o")
+    }
+    tensors |= {f"neurons.{m}.{layer}": torch.arange(n) for m in ("ffn", "attn") for layer, n in ((0, 2), (1, 3))}
+    artifacts.save(tmp_path / "r.safetensors", "source_rows", tensors, {})
+    tensors["neurons.attn.1"] = torch.arange(2)
+    with pytest.raises(AssertionError, match=r"union_attn_1 is 2, but 3 in attn_o\.1"):
+        artifacts.save(tmp_path / "r.safetensors", "source_rows", tensors, {})
+
+
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    with pytest.raises(UserError, match=r"tensor ffn_up\.0\.weight holds NaN or infinity; not written"):
+        artifacts.save(path, "hypernetwork", hypernetwork(float("nan")), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "h.safetensors"
+    artifacts.save(path, "hypernetwork", hypernetwork(1.0), {})
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"h\.safetensors: the disk is full; free space and run again"):
+        artifacts.save(path, "hypernetwork", hypernetwork(2.0), {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file; expected a selection artifact, made by `pkt select`"):
+        artifacts.load(tmp_path / "none.safetensors", "selection")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 64, b'\x10\0\0\0\0\0\0\0{"a": 1}        '])
+def test_not_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable safetensors file") as caught:
+        artifacts.load(path, "delta")
+    assert "\n" not in str(caught.value)
+    assert "make it again with `pkt inject`" in str(caught.value)
+
+
+def test_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    artifacts.save(path, "hypernetwork", hypernetwork(), {})
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        artifacts.load(path, "hypernetwork")
+
+
+def test_wrong_kind_foreign_and_old_files(tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    artifacts.save(path, "hypernetwork", hypernetwork(), {})
+    with pytest.raises(UserError, match=r"expected a delta artifact \(made by `pkt inject`\), found hypernetwork"):
+        artifacts.load(path, "delta")
+    save_file(hypernetwork(), path)
+    with pytest.raises(UserError, match="without this project's metadata; expected a hypernetwork artifact"):
+        artifacts.load(path, "hypernetwork")
+    save_file(hypernetwork(), path, metadata={"pkt": '{"kind": "hypernetwork", "schema_version": 0}'})
+    with pytest.raises(UserError, match="expected schema version 1, found 0"):
+        artifacts.load(path, "hypernetwork")
+    save_file(
+        {"ffn_up.0.weight": torch.ones(2, 2)}, path, metadata={"pkt": '{"kind":"hypernetwork","schema_version":1}'}
+    )
+    with pytest.raises(UserError, match=r"tensor \{site\}\.2\.weight is missing from a hypernetwork artifact"):
+        artifacts.load(path, "hypernetwork")
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        artifacts.write_json(tmp_path / "file" / "m.json", {})

@@ -1,0 +1,20 @@
+"""The shipped pair and the corpus it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkt_stages.tiny.corpus import Corpus
+from pkt_stages.tiny.settings import SEED
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    return Corpus(SEED)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    return Path(__file__).parents[2] / "data" / "tiny"

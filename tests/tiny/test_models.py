@@ -1,0 +1,85 @@
+"""The shipped weights: stated shapes, float32, untied, small enough for git, and really trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from pkt_stages.examples import from_benchmark, read_rows
+from pkt_stages.tiny.build import MODEL_FOLDERS
+from pkt_stages.tiny.corpus import Corpus
+from pkt_stages.tiny.settings import CONTEXT_LENGTH, MODELS, VOCAB_SIZE
+
+MAX_MEGABYTES = 28
+
+
+@pytest.mark.parametrize("folder", MODEL_FOLDERS)
+def test_shapes(shipped: Path, folder: str) -> None:
+    settings = MODELS[folder.split("-")[0]]
+    model = AutoModelForCausalLM.from_pretrained(str(shipped / folder))
+    config = model.config
+    assert type(model) is LlamaForCausalLM
+    assert (config.num_hidden_layers, config.hidden_size) == (settings.num_layers, settings.d_model)
+    assert (config.num_attention_heads, config.intermediate_size) == (settings.num_heads, settings.d_ff)
+    assert (config.head_dim, config.vocab_size) == (32, VOCAB_SIZE)
+    assert config.max_position_embeddings == CONTEXT_LENGTH and not config.tie_word_embeddings
+    with safe_open(shipped / folder / "model.safetensors", "pt") as stored:
+        assert "lm_head.weight" in stored.keys()  # noqa: SIM118 - safe_open is no mapping
+        for name in stored.keys():  # noqa: SIM118
+            assert stored.get_slice(name).get_dtype() == "F32"
+            assert bool(torch.isfinite(stored.get_tensor(name)).all()), name
+
+
+def test_source_and_target_differ_in_every_size() -> None:
+    source, target = MODELS["source"], MODELS["target"]
+    for size in ("num_layers", "d_model", "num_heads", "d_ff"):
+        assert getattr(source, size) > getattr(target, size)
+
+
+def test_everything_fits_into_git(shipped: Path) -> None:
+    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) <= MAX_MEGABYTES * 2**20
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
+    base, chat = (_weight(shipped / f"{name}-{phase}") for phase in ("base", "chat"))
+    cosine = torch.nn.functional.cosine_similarity(base.flatten(), chat.flatten(), dim=0)
+    assert 0.3 < float(cosine) < 0.99999
+
+
+def test_chat_models_know_the_most_frequent_facts(shipped: Path, corpus: Corpus) -> None:
+    """The source answers level 1 of the quizzes far above chance (25 %) and above the target."""
+    rows = [graded.row for graded in corpus.test["mmlu"] if graded.level == 1]
+    right = {name: _quiz_accuracy(shipped / f"{name}-chat", rows) for name in MODELS}
+    assert right["source"] > 0.7
+    assert right["source"] > right["target"] > 0.25
+
+
+def test_log_tells_of_both_trainings(shipped: Path) -> None:
+    rows = [row for _, row in read_rows(shipped / "training_log.jsonl")]
+    for name, settings in MODELS.items():
+        mine = [row for row in rows if row["model"] == name]
+        assert mine[-1]["step"] == settings.total_steps
+        assert mine[-1]["loss"] < mine[0]["loss"] / 5
+        assert [row["tokens"] for row in mine] == sorted(row["tokens"] for row in mine)
+
+
+def _weight(folder: Path) -> torch.Tensor:
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        return stored.get_tensor("model.layers.1.mlp.down_proj.weight")
+
+
+def _quiz_accuracy(folder: Path, rows: list[dict[str, object]]) -> float:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
+    letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[0] for letter in "ABCD"]
+    examples = [from_benchmark("mmlu", row, "") for row in rows]
+    texts = [f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}" for example in examples]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        choices = model(**encoded).logits[:, -1, letters].argmax(-1).tolist()
+    answers = ["ABCD".index(example.reference["answer"]) for example in examples]
+    return sum(a == b for a, b in zip(choices, answers, strict=True)) / len(rows)
