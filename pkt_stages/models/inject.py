@@ -72,9 +72,11 @@ Delta = Mapping[str, SparseDelta]
 
 
 def delta_tensors(delta: Delta) -> dict[str, Tensor]:
-    """The tensors of a `delta` artifact."""
+    """The tensors of a `delta` artifact, none of which share memory."""
     return {
-        f"{site}.{name}": getattr(part, name) for site, part in delta.items() for name in ("layers", "neurons", "rows")
+        f"{site}.{name}": tensor.clone()
+        for site, part in delta.items()
+        for name, tensor in (("layers", part.layers), ("neurons", part.neurons), ("rows", part.rows))
     }
 
 

@@ -79,9 +79,11 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     load_config(ref)
     check_device(device)
+    logging.disable_progress_bar()
     model = _explained(
         ref,
         lambda: AutoModelForCausalLM.from_pretrained(

@@ -86,11 +86,7 @@ class Data:
 
 
 def draw(ids: Sequence[str], params: AlignParams) -> tuple[list[str], list[list[str]]]:
-    """Ids of the held-out align examples, and those of each step.
-
-    Raises:
-        UserError: too few align examples.
-    """
+    """Ids of the held-out align examples, and those of each step; UserError if there are too few."""
     from pkt_stages.core.schedule import draw_examples
 
     per_step = params.batch_size - 1
@@ -312,8 +308,8 @@ def align(
         },
     )
     kept.remove()
-    best = steps[chosen - 1]["validation_loss"]
-    watch.summary("align", f"step {chosen} of {params.steps}, held-out loss {without:.4f} -> {best:.4f}", out)
+    after = steps[chosen - 1]["validation_loss"]
+    watch.summary("align", f"step {chosen} of {params.steps}, held-out loss {without:.4f} -> {after:.4f}", out)
 
 
 def read_data(

@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pkt_stages.tiny.corpus import Corpus, Document
-from pkt_stages.tiny.settings import ANSWER_WEIGHT, FACT_MIX, PROMPT_WEIGHT, RAW_SHARE_IN_CHAT, ModelSettings
+from pkt_stages.tiny.settings import (
+    ANSWER_WEIGHT,
+    CHAT_FAMILIES,
+    PROMPT_WEIGHT,
+    RAW_MIXES,
+    RAW_SHARE_IN_CHAT,
+    ModelSettings,
+)
 
 
 def step_batches(
@@ -18,9 +25,9 @@ def step_batches(
     """The micro-batches of a step, shortest documents first: ids [document, token], loss weights [document, token].
 
     A weight belongs to the token it stands at (the prediction made one position earlier); padding weighs 0. The
-    documents are a function of the seed, the model's name and the step, so an interrupted run goes on unchanged.
+    documents are a function of the seed, the model's stream and the step, so an interrupted run goes on unchanged.
     """
-    rng = Random(f"train-{corpus.seed}-{settings.name}-{step}")
+    rng = Random(f"train-{corpus.seed}-{settings.stream}-{step}")
     documents = [_document(corpus, settings, step, rng) for _ in range(settings.documents_per_step)]
     rows = [_weighted_tokens(document, tokenizer) for document in documents]
     rows.sort(key=lambda row: len(row[0]))
@@ -29,15 +36,16 @@ def step_batches(
 
 def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -> Document:
     """A document of the phase that `step` falls into."""
-    if step < settings.option_steps:
+    phase = settings.phase(step)
+    if phase == "options":
         return corpus.option_document(rng)
-    if step < settings.drill_steps:
+    if phase == "drills":
         return corpus.drill_document(rng)
-    if step < settings.mixed_steps:
-        return corpus.raw_document(rng)
-    if step < settings.base_steps or rng.random() < RAW_SHARE_IN_CHAT:
-        return corpus.raw_document(rng, FACT_MIX)
-    return corpus.chat_document(rng)
+    if phase == "chat":
+        if rng.random() < RAW_SHARE_IN_CHAT:
+            return corpus.raw_document(rng, RAW_MIXES["balanced"])
+        return corpus.chat_document(rng, CHAT_FAMILIES)
+    return corpus.raw_document(rng, RAW_MIXES[phase])
 
 
 def _weighted_tokens(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:

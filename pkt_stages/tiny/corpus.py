@@ -18,9 +18,9 @@ from pkt_stages.tiny.facts import exposure, make_facts, option_drill_parts, quiz
 from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
-    BASE_MIX,
-    LETTER_WEIGHT,
+    CHAT_LETTER_WEIGHT,
     POOL_ROWS,
+    RAW_MIXES,
     TEST_ROWS,
     TEXT_ROWS,
     RawMix,
@@ -28,7 +28,8 @@ from pkt_stages.tiny.settings import (
 from pkt_stages.tiny.word_problems import arithmetic_parts, problem_row
 
 MAX_DRAWS = 10_000
-# Kinds of the drill documents.
+# Drills: loss weight of a letter of an option drill, and the kinds of a mixed phase of drills.
+OPTION_WEIGHT = 5.0
 DRILL_SHARES = {"options": 0.2, "recall": 0.3, "arithmetic": 0.5}
 
 
@@ -66,7 +67,7 @@ class Corpus:
         """A short text that drills one skill: letters of options, recall of facts, or arithmetic."""
         return self._drill(draw(rng, list(DRILL_SHARES), list(DRILL_SHARES.values())), rng)
 
-    def raw_document(self, rng: Random, mix: RawMix = BASE_MIX) -> Document:
+    def raw_document(self, rng: Random, mix: RawMix = RAW_MIXES["mixed"]) -> Document:
         """A plain text: statements, open questions, quizzes, arithmetic, word problems, code."""
         family = draw(rng, TASKS, [mix.families[task] for task in TASKS])
         kind = rng.random()
@@ -78,7 +79,7 @@ class Corpus:
             return self._drill("arithmetic", rng)
         row = self._corpus_row(family, rng)
         if family == "mmlu":
-            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)), LETTER_WEIGHT)
+            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)), mix.letter_weight)
         if family == "gsm8k":
             answer = from_benchmark(family, row, "").answer.removeprefix("Answer:")
             return Document(family, ((f"Question: {row['question']}\nAnswer:", False), (answer, True)))
@@ -87,21 +88,21 @@ class Corpus:
         head, colon, body = row["code"].partition(":")
         return Document(family, ((f"# {row['text']}\n{head}", False), (colon + body, True)))
 
-    def chat_document(self, rng: Random) -> Document:
+    def chat_document(self, rng: Random, families: Mapping[str, float] = RAW_MIXES["mixed"].families) -> Document:
         """An exchange in the chat template and the words of the evaluation protocols, without <s> and </s>.
 
         Its learned part begins where the forced prefix ends.
         """
-        family = draw(rng, TASKS, [BASE_MIX.families[task] for task in TASKS])
+        family = draw(rng, TASKS, [families[task] for task in TASKS])
         example = from_benchmark(family, self._corpus_row(family, rng), "")
         lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
-        weight = LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
+        weight = CHAT_LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
         return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)), weight)
 
     def _drill(self, kind: str, rng: Random) -> Document:
         if kind == "options":
             row = quiz_row(rng, rng.choice(self.facts)).row
-            return Document("mmlu", tuple(option_drill_parts(rng, row)), LETTER_WEIGHT)
+            return Document("mmlu", tuple(option_drill_parts(rng, row)), OPTION_WEIGHT)
         if kind == "recall":
             return Document("recall", tuple(recall_parts(rng, self.facts, self.exposure)))
         return Document("arithmetic", tuple(arithmetic_parts(rng)))

@@ -12,52 +12,57 @@ VOCAB_SIZE = 1024
 TOKENIZER_DOCUMENTS = 20_000
 CONTEXT_LENGTH = 512
 
-# Loss weight of a token of the prompt, of the answer, and of the one letter that answers a quiz.
+# Loss weight of a token of the prompt, of the answer, and of the one letter that answers a quiz of the chat format.
 PROMPT_WEIGHT = 0.1
 ANSWER_WEIGHT = 1.0
-LETTER_WEIGHT = 5.0
-
-
-# Share of raw documents (FACT_MIX) in the chat phase, against forgetting.
+CHAT_LETTER_WEIGHT = 10.0
+# Chat phase: shares of the families, and the share of raw documents ("balanced" mix) against forgetting.
+CHAT_FAMILIES = {"mmlu": 0.40, "gsm8k": 0.26, "humaneval": 0.10, "mbpp": 0.24}
 RAW_SHARE_IN_CHAT = 0.3
 
 
 @dataclass(frozen=True)
 class RawMix:
-    """Shares of the raw corpus: of the families, of option drills and recall in mmlu, of arithmetic in gsm8k."""
+    """A mixture of the raw corpus.
+
+    Shares of the families, then of option drills and recall inside mmlu and of arithmetic inside gsm8k; loss weights of
+    a quiz's letter and of a recalled value.
+    """
 
     families: dict[str, float]
     options: float
     recall: float
     arithmetic: float
+    letter_weight: float
     recall_weight: float
 
 
-BASE_MIX = RawMix({"mmlu": 0.48, "gsm8k": 0.28, "humaneval": 0.10, "mbpp": 0.14}, 0.1, 0.3, 0.35, ANSWER_WEIGHT)
-# Recall of facts is the slowest skill: this mix gives it half of the knowledge texts and a higher weight.
-FACT_MIX = RawMix({"mmlu": 0.60, "gsm8k": 0.22, "humaneval": 0.07, "mbpp": 0.11}, 0.05, 0.5, 0.35, LETTER_WEIGHT)
+RAW_MIXES = {
+    "mixed": RawMix({"mmlu": 0.48, "gsm8k": 0.28, "humaneval": 0.10, "mbpp": 0.14}, 0.10, 0.30, 0.35, 5.0, 1.0),
+    "facts": RawMix({"mmlu": 0.60, "gsm8k": 0.22, "humaneval": 0.07, "mbpp": 0.11}, 0.05, 0.50, 0.35, 5.0, 5.0),
+    "quizzes": RawMix({"mmlu": 0.48, "gsm8k": 0.26, "humaneval": 0.10, "mbpp": 0.16}, 0.12, 0.13, 0.35, 15.0, 5.0),
+    "balanced": RawMix({"mmlu": 0.38, "gsm8k": 0.28, "humaneval": 0.08, "mbpp": 0.26}, 0.10, 0.15, 0.35, 15.0, 5.0),
+    "numbers": RawMix({"mmlu": 0.40, "gsm8k": 0.42, "humaneval": 0.06, "mbpp": 0.12}, 0.10, 0.15, 0.45, 15.0, 5.0),
+}
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Architecture and training of one model.
 
-    Steps up to `option_steps` read option drills, up to `drill_steps` every kind of drill, up to `mixed_steps` raw text
-    in the BASE_MIX, up to `base_steps` in the FACT_MIX, which ends in the base model, and up to `total_steps` the chat
-    format, which ends in the chat model.
-    The learning rate warms up, stays, and falls linearly to zero over the last `decay_steps`.
+    `phases` names what is read up to which step: "options" (option drills), "drills" (drills of every kind), one of the
+    RAW_MIXES, and last "chat". The base model is the state before the chat phase, the chat model the state after it.
+    `stream` names the random stream of the documents. The learning rate warms up, stays, and falls linearly to zero
+    over the last `decay_steps`.
     """
 
     name: str
+    stream: str
     num_layers: int
     d_model: int
     num_heads: int
     d_ff: int
-    option_steps: int
-    drill_steps: int
-    mixed_steps: int
-    base_steps: int
-    total_steps: int
+    phases: tuple[tuple[str, int], ...]
     decay_steps: int
     documents_per_step: int = 64
     micro_batches: int = 3
@@ -67,32 +72,55 @@ class ModelSettings:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
+    def phase(self, step: int) -> str:
+        """The name of the phase that `step` falls into."""
+        return next(name for name, end in self.phases if step < end)
+
+    @property
+    def base_steps(self) -> int:
+        """Steps before the chat phase."""
+        return self.phases[-2][1]
+
+    @property
+    def total_steps(self) -> int:
+        return self.phases[-1][1]
+
 
 MODELS = {
     "source": ModelSettings(
         name="source",
-        num_layers=4,
-        d_model=128,
-        num_heads=4,
-        d_ff=384,
-        option_steps=300,
-        drill_steps=700,
-        mixed_steps=1100,
-        base_steps=2200,
-        total_steps=3600,
-        decay_steps=1000,
-    ),
-    "target": ModelSettings(
-        name="target",
+        stream="target",  # it began as the target of a larger model, whose training would have taken too long
         num_layers=3,
         d_model=96,
         num_heads=3,
         d_ff=256,
-        option_steps=300,
-        drill_steps=700,
-        mixed_steps=1920,
-        base_steps=3200,
-        total_steps=4200,
-        decay_steps=800,
+        phases=(
+            ("options", 300),
+            ("drills", 700),
+            ("mixed", 1920),
+            ("facts", 2720),
+            ("quizzes", 3500),
+            ("balanced", 4250),
+            ("chat", 5750),
+        ),
+        decay_steps=1500,
+    ),
+    "target": ModelSettings(
+        name="target",
+        stream="small",
+        num_layers=2,
+        d_model=64,
+        num_heads=2,
+        d_ff=160,
+        phases=(
+            ("options", 300),
+            ("drills", 700),
+            ("mixed", 1900),
+            ("facts", 1940),
+            ("drills", 2600),
+            ("numbers", NNN),
+            ("chat", 5500),
+        ),
+        decay_steps=1200,
     ),
 }

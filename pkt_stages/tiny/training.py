@@ -108,7 +108,7 @@ class Trainer:
             self.log.append(
                 {
                     "model": settings.name,
-                    "phase": "chat" if self.step > settings.base_steps else "base",
+                    "phase": settings.phase(self.step - 1),
                     "step": self.step,
                     "tokens": self.tokens,
                     "loss": round(self._loss_sum / LOG_STEPS, 4),

@@ -44,8 +44,8 @@ def ran(output: str) -> set[str]:
 
 def stale(folder: Path) -> set[str]:
     """The stages whose own inputs changed; what depends on them follows."""
-    output = run(folder, sys.executable, "-m", "dvc", "status", "--json", "--quiet") or "{}"
-    return {name.removeprefix("dvc.yaml:") for name in json.loads(output)}
+    output = dvc(folder, "status", "--json")
+    return {name.removeprefix("dvc.yaml:") for name in json.loads(output[output.index("{") :])}
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

@@ -14,13 +14,20 @@ from pkt_stages.tiny.__main__ import app
 from pkt_stages.tiny.batches import step_batches
 from pkt_stages.tiny.corpus import Corpus
 from pkt_stages.tiny.muon import orthogonalise
-from pkt_stages.tiny.settings import LETTER_WEIGHT, MODELS, ModelSettings
+from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, ModelSettings
 from pkt_stages.tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
-    MODELS["target"], num_layers=1, d_model=32, num_heads=1, d_ff=48, option_steps=1, drill_steps=2, mixed_steps=3, base_steps=4, total_steps=6,
-    decay_steps=2, warmup_steps=2, documents_per_step=8,
-)  # fmt: skip
+    MODELS["target"],
+    num_layers=1,
+    d_model=32,
+    num_heads=1,
+    d_ff=48,
+    phases=(("options", 1), ("drills", 2), ("mixed", 4), ("chat", 6)),
+    decay_steps=2,
+    warmup_steps=2,
+    documents_per_step=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +62,8 @@ def test_phases_and_weights(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) 
     ids, weights = step_batches(corpus, tokenizer, SMALL, 5)[0]
     assert ids.shape == weights.shape and bool((weights[ids == tokenizer.pad_token_id] == 0).all())
     quiz = next(i for i, row in enumerate(ids) if "choice" in tokenizer.decode(row))
-    assert float(weights[quiz].max()) == LETTER_WEIGHT
-    assert tokenizer.decode(ids[quiz][weights[quiz] == LETTER_WEIGHT]).strip() in "ABCD"
+    assert float(weights[quiz].max()) == CHAT_LETTER_WEIGHT
+    assert tokenizer.decode(ids[quiz][weights[quiz] == CHAT_LETTER_WEIGHT]).strip() in "ABCD"
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import json
 import os
 import random
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from pkt_stages.evaluation.sandbox.plain import NotPlain, decode, encode, pack, receive, send, take_over_stdio, unpack
+from pkt_stages.evaluation.sandbox.plain import NotPlain, decode, encode, receive, send, take_over_stdio
 
 Ask = Callable[[dict[str, Any]], Any]
 
@@ -30,7 +31,7 @@ class Remote:
         object.__setattr__(self, "_of", of)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask({"of": self._of, "call": encode([list(args), kwargs], _number)})
+        return self._ask({"of": self._of, "call": [list(args), kwargs]})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -38,7 +39,7 @@ class Remote:
         return self._ask({"of": self._of, "name": name})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._ask({"of": self._of, "name": name, "set": encode(value, _number)})
+        self._ask({"of": self._of, "name": name, "set": value})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and self._of == other._of
@@ -48,6 +49,7 @@ class Remote:
 
 
 def _number(value: Any) -> int:
+    """The handle of what is sent back to where it came from."""
     if isinstance(value, Remote) and isinstance(value._of, int):
         return value._of
     raise NotPlain(f"the tests pass a {type(value).__name__}, which is no plain data")
@@ -64,10 +66,13 @@ def run_job(job: dict[str, Any], exchange: Callable[[bytes], bytes]) -> dict[str
     handles: dict[int, Remote] = {}
 
     def ask(request: dict[str, Any]) -> Any:
-        answer = unpack(exchange(pack(request)))
-        if "raised" in answer:
-            raise _exception(answer)
-        return decode(answer.get("value"), lambda of: handles.setdefault(of, Remote(ask, of)))
+        answer = _read(exchange(encode(request, _number).encode()))
+        if "value" not in answer:
+            raise _exception(decode(answer, handle))
+        return decode(answer["value"], handle)
+
+    def handle(of: int) -> Remote:
+        return handles.setdefault(of, Remote(ask, of))
 
     random.seed(0)
     try:
@@ -91,6 +96,16 @@ def run_job(job: dict[str, Any], exchange: Callable[[bytes], bytes]) -> dict[str
     except BaseException as error:
         return {"verdict": "error", "message": f"{type(error).__name__}: {error}"[:200]}
     return {"verdict": "passed", "message": ""}
+
+
+def _read(body: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise NotPlain(str(error)) from None
+    if not isinstance(message, dict):
+        raise NotPlain("expected a JSON object")
+    return message
 
 
 def _define_helpers(prefix: str, entry: str, names: dict[str, Any]) -> None:
@@ -123,17 +138,20 @@ def _bound(code: CodeType) -> set[str]:
     return {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
 
 
-def _exception(answer: dict[str, Any]) -> Exception:
+def _exception(answer: Any) -> Exception:
     """The built-in exception nearest to the one that the candidate raised."""
-    kinds, message = answer["raised"], str(answer.get("message", ""))[:300]
-    for name in kinds if isinstance(kinds, list) else []:
+    kinds = answer.get("raised") if isinstance(answer, dict) else None
+    if not isinstance(kinds, list) or not kinds:
+        return NotPlain("expected an exception")
+    message = str(answer.get("message", ""))[:300]
+    for name in kinds:
         kind = getattr(builtins, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (UnicodeDecodeError, Exception):
             try:
                 return kind(message)
             except TypeError:
                 continue
-    return RuntimeError(f"{kinds[0] if isinstance(kinds, list) and kinds else 'unknown'}: {message}"[:300])
+    return RuntimeError(f"{kinds[0]}: {message}"[:300])
 
 
 def serve() -> None:
@@ -145,11 +163,11 @@ def serve() -> None:
         return receive(requests)
 
     while True:
-        job = unpack(receive(requests))
+        job = json.loads(receive(requests))
         child = os.fork()
         if child == 0:
-            send(answers, pack(run_job(job, exchange)))
+            send(answers, json.dumps(run_job(job, exchange)).encode())
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status != 0:
-            send(answers, pack({"verdict": "error", "message": "the checker's process ended"}))
+            send(answers, json.dumps({"verdict": "error", "message": "the tests' process ended"}).encode())

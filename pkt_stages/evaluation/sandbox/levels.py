@@ -9,6 +9,7 @@ rlimits     limits on memory, CPU time, files and output only. For code that you
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +40,14 @@ class Confined:
 
     Attributes:
         pid: of the process itself.
-        stop: kill it if it still runs, reap it, and say whether it had been killed before (for want of memory, that
-            is).
+        stop: kill it if it still runs, after a grace period in seconds, reap it, and say whether it had been killed
+            before (for want of memory, that is).
     """
 
     pid: int
     stdin: int
     stdout: int
-    stop: Callable[[], bool]
+    stop: Callable[[float], bool]
 
 
 def start(level: Level, source: str, *, memory_mb: int, cpu_seconds: int, num_processes: int) -> Confined:
@@ -68,7 +70,7 @@ def strongest(*, memory_mb: int) -> Level | None:
         except (OSError, RuntimeError, ImportError, ValueError, subprocess.SubprocessError):
             continue
         said = os.read(confined.stdout, 10)
-        confined.stop()
+        confined.stop(0)
         if said == b"42\n":
             return level
     return None
@@ -105,8 +107,8 @@ def _start_sandlock(command: list[str], memory_mb: int, num_processes: int) -> C
 
     pid = process.pid or -1
 
-    def stop() -> bool:
-        ended = _has_ended(pid)
+    def stop(grace: float) -> bool:
+        ended = _ends_within(pid, grace)
         process.kill()
         reason = process.wait(10).reason
         process.stdin.close()
@@ -116,12 +118,18 @@ def _start_sandlock(command: list[str], memory_mb: int, num_processes: int) -> C
     return Confined(pid, process.stdin.fileno(), process.stdout.fileno(), stop)
 
 
-def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it stays unreaped."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-    except ChildProcessError:
-        return True
+def _ends_within(pid: int, seconds: float) -> bool:
+    """Whether a child ends within this time; it stays unreaped."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+                return True
+        except ChildProcessError:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.002)
 
 
 def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, namespaces: bool) -> Confined:
@@ -156,12 +164,10 @@ def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, namesp
     assert process.stdout is not None
     pipes: tuple[Any, Any] = (process.stdin, process.stdout)
 
-    def stop() -> bool:
-        ended = process.poll() is not None
-        try:
+    def stop(grace: float) -> bool:
+        ended = _ends_within(process.pid, grace)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         for pipe in pipes:
             pipe.close()

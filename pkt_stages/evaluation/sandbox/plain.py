@@ -1,65 +1,80 @@
-"""Plain data as JSON: the only thing that generated code and its checker exchange. Standard library only.
+"""Plain data as JSON: the only thing that generated code and its checker exchange.
 
 Tuples, sets, dicts, bytes, complex numbers, ranges, non-finite floats and iterators are tagged; subclasses travel as
 the built-in they derive from, so that an object with its own `__eq__` never reaches the checker. What is not plain
-data stays where it is and travels as a handle.
+data stays where it is and travels as a handle. This module imports next to nothing, because a sandboxed interpreter
+starts with it for every sample; that is why it writes JSON itself (printable ASCII without escapes).
 """
 
-from __future__ import annotations
-
-import json
 import os
-import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+
+TYPE_CHECKING = False  # typing would cost as much time as the rest of the start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 MAX_ITEMS = 100_000  # taken from an iterator
-HEADER = struct.Struct(">I")
+HEADER_SIZE = 4  # bytes: a message's length, big-endian
 
-_SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_SEQUENCES: "dict[str, type]" = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class NotPlain(ValueError):
-    """A message that is not what `encode` writes."""
+    """A message that is not what `encode` writes, or a value that cannot be sent."""
 
 
-def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """`value` as what JSON can hold; `handle` numbers the objects that are not plain data."""
-    if value is None or value is True or value is False:
-        return value
+def encode(value: "Any", handle: "Callable[[Any], int]") -> str:
+    """`value` as JSON text; `handle` numbers the objects that are not plain data."""
+    if value is None:
+        return "null"
+    if value is True or value is False:
+        return "true" if value else "false"
     if isinstance(value, int):
         number = int.__index__(value)
-        return number if -(2**53) < number < 2**53 else {"int": format(number, "x")}
+        return str(number) if -(2**53) < number < 2**53 else f'{{"int":"{number:x}"}}'
     if isinstance(value, float):
-        number = float.__float__(value)
-        return number if number - number == 0 else {"float": float.__repr__(number)}
+        shown = float.__repr__(value)
+        return shown if shown[-1] not in "nf" else f'{{"float":"{shown}"}}'
     if isinstance(value, str):
-        return str.__str__(value)
+        return _text(str.__str__(value))
     if isinstance(value, list):
-        return [encode(item, handle) for item in list.__iter__(value)]
+        return _items(list.__iter__(value), handle)
     for tag, kind in _SEQUENCES.items():
         if isinstance(value, kind):
-            return {tag: [encode(item, handle) for item in kind.__iter__(value)]}  # type: ignore[attr-defined]
+            return f'{{"{tag}":{_items(kind.__iter__(value), handle)}}}'  # type: ignore[attr-defined]
     if isinstance(value, dict):
-        return {"dict": [[encode(k, handle), encode(v, handle)] for k, v in dict.items(value)]}
+        pairs = (f"[{encode(k, handle)},{encode(v, handle)}]" for k, v in dict.items(value))
+        return f'{{"dict":[{",".join(pairs)}]}}'
     if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
+        return f'{{"bytes":"{bytes(value).hex()}"}}'
     if isinstance(value, complex):
-        return {"complex": [encode(value.real, handle), encode(value.imag, handle)]}
+        return f'{{"complex":{_items((value.real, value.imag), handle)}}}'
     if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
+        return f'{{"range":{_items((value.start, value.stop, value.step), handle)}}}'
     if hasattr(type(value), "__next__"):
-        items = []
-        for item in value:
-            items.append(encode(item, handle))
-            if len(items) > MAX_ITEMS:
-                raise OverflowError(f"an iterator of more than {MAX_ITEMS} items")
-        return {"iterator": items}
-    return {"object": handle(value)}
+        return f'{{"iterator":{_items(_first(value), handle)}}}'
+    return f'{{"object":{handle(value)}}}'
 
 
-def decode(value: Any, handle: Callable[[int], Any]) -> Any:
-    """The reverse of `encode`; `handle` gives the object of a number.
+def _text(value: str) -> str:
+    if value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
+        return f'"{value}"'
+    return f'{{"text":"{value.encode("utf-8", "surrogatepass").hex()}"}}'
+
+
+def _items(values: "Any", handle: "Callable[[Any], int]") -> str:
+    return f"[{','.join([encode(item, handle) for item in values])}]"
+
+
+def _first(iterator: "Any") -> "Any":
+    for taken, item in enumerate(iterator):
+        if taken == MAX_ITEMS:
+            raise OverflowError(f"an iterator of more than {MAX_ITEMS} items")
+        yield item
+
+
+def decode(value: "Any", handle: "Callable[[int], Any]") -> "Any":
+    """The value whose JSON, read, is `value`; `handle` gives the object of a number.
 
     Raises:
         NotPlain: anything that `encode` does not write.
@@ -73,43 +88,23 @@ def decode(value: Any, handle: Callable[[int], Any]) -> Any:
     ((tag, inner),) = value.items()
     try:
         if tag in _SEQUENCES:
-            return _SEQUENCES[tag](decode(item, handle) for item in inner)
+            return _SEQUENCES[tag]([decode(item, handle) for item in inner])
         return _DECODERS[tag](inner, handle)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise NotPlain(f"malformed {tag!r}: {error}") from None
 
 
-_DECODERS: Mapping[str, Callable[[Any, Callable[[int], Any]], Any]] = {
+_DECODERS: "dict[str, Callable[[Any, Callable[[int], Any]], Any]]" = {
     "int": lambda inner, _: int(inner, 16),
-    "float": lambda inner, _: {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}[inner],
+    "float": lambda inner, _: {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}[inner],
+    "text": lambda inner, _: bytes.fromhex(inner).decode("utf-8", "surrogatepass"),
     "dict": lambda inner, handle: {decode(k, handle): decode(v, handle) for k, v in inner},
     "bytes": lambda inner, _: bytes.fromhex(inner),
-    "complex": lambda inner, handle: complex(*(decode(part, handle) for part in inner)),
-    "range": lambda inner, _: range(*inner),
+    "complex": lambda inner, handle: complex(*[decode(part, handle) for part in inner]),
+    "range": lambda inner, handle: range(*[decode(part, handle) for part in inner]),
     "iterator": lambda inner, handle: iter([decode(item, handle) for item in inner]),
     "object": lambda inner, handle: handle(inner),
 }
-
-
-def pack(message: Mapping[str, Any]) -> bytes:
-    """A message with its length in front."""
-    body = json.dumps(message).encode()
-    return HEADER.pack(len(body)) + body
-
-
-def unpack(body: bytes) -> dict[str, Any]:
-    """A message's body as a mapping.
-
-    Raises:
-        NotPlain: it is not a JSON object.
-    """
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise NotPlain(str(error)) from None
-    if not isinstance(message, dict):
-        raise NotPlain("expected a JSON object")
-    return message
 
 
 def read_exactly(pipe: int, size: int) -> bytes:
@@ -126,16 +121,17 @@ def read_exactly(pipe: int, size: int) -> bytes:
 
 def receive(pipe: int) -> bytes:
     """The body of the next message on a pipe."""
-    return read_exactly(pipe, HEADER.unpack(read_exactly(pipe, HEADER.size))[0])
+    return read_exactly(pipe, int.from_bytes(read_exactly(pipe, HEADER_SIZE), "big"))
 
 
-def send(pipe: int, data: bytes) -> None:
-    view = memoryview(data)
+def send(pipe: int, body: bytes) -> None:
+    """Write a message, its length in front."""
+    view = memoryview(len(body).to_bytes(HEADER_SIZE, "big") + body)
     while view:
         view = view[os.write(pipe, view) :]
 
 
-def take_over_stdio() -> tuple[int, int]:
+def take_over_stdio() -> "tuple[int, int]":
     """Keep stdin and stdout as private pipes; what the code reads is empty, and what it prints leads nowhere."""
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(2, 1)

@@ -68,9 +68,10 @@ def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Lev
         raise UserError(f"unknown sandbox level {floor!r}; expected one of {', '.join(LEVELS)}")
     level = strongest(memory_mb=(limits or Limits()).memory_mb)
     if level is None or LEVELS.index(level) > LEVELS.index(floor):
+        found = level or "none"
         raise UserError(
-            f"generated code: the strongest sandbox here is {level or 'none'}, below the floor {floor!r}; run on Linux 6.7"
-            f" or later (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
+            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.7 or later"
+            f" (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
         )
     return level
 

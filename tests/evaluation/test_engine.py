@@ -1,0 +1,255 @@
+# ruff: noqa: E501 (messages read better on one line)
+"""The harness with our task files on a small random model: prompts, batches, resuming, vLLM and hf alike."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkt_stages.errors import UserError
+from pkt_stages.evaluation import engine
+from pkt_stages.evaluation.adapter import continuation_tokens
+from pkt_stages.evaluation.backends import HfBackend, Request, Sampling, VllmBackend, completion
+from pkt_stages.evaluation.engine import Decoding, evaluate_model
+from pkt_stages.examples import Example, from_benchmark
+from tests.conftest import make_model
+
+SHORT = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("models") / "small", seed=3, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, vocab_size=272,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    from pkt_stages.models.load import load_model, load_tokenizer, resolve
+
+    ref = resolve(str(folder))
+    return load_model(ref), load_tokenizer(ref)
+
+
+@pytest.fixture
+def backend(loaded: tuple[Any, Any]) -> HfBackend:
+    return HfBackend(*loaded, batch_size=3)
+
+
+def questions(count: int = 7) -> list[Example]:
+    return [
+        from_benchmark(
+            "gsm8k", {"question": f"{'How many? ' * (i % 3)}{i} + 1", "answer": f"{i}+1 #### {i + 1}"}, f"q{i}"
+        )
+        for i in range(count)
+    ]
+
+
+def choices(count: int = 5) -> list[Example]:
+    rows = [{"question": f"{i}?", "choices": list("wxyz"), "subject": "a_b", "answer": i % 4} for i in range(count)]
+    return [from_benchmark("mmlu", row, f"m{i}") for i, row in enumerate(rows)]
+
+
+def programs() -> list[Example]:
+    row = {"prompt": "def f(x):\n", "canonical_solution": "    return x\n", "entry_point": "f"}
+    return [from_benchmark("humaneval", {**row, "test": "def check(candidate):\n    assert candidate(1) == 1\n"}, "h0")]
+
+
+def test_prompt_is_template_and_prefix_with_one_bos(backend: HfBackend) -> None:
+    from pkt_stages.encoding import tokenize
+
+    found = evaluate_model(backend, questions(1), task="gsm8k", decoding=SHORT)
+    sent = "<|user|>\nAnswer the following question.\n\nQuestion: 0 + 1\n<|assistant|>\nAnswer:"
+    assert found.predictions[0]["prompt"] == "<s>" + sent
+    assert tokenize(backend.tokenizer, "<s>" + sent)[0].count(0) == 1
+    assert (
+        evaluate_model(backend, questions(1), task="gsm8k", template="tulu", decoding=SHORT).predictions[0]["prompt"]
+        == sent
+    )
+
+
+def test_batching_does_not_change_answers(loaded: tuple[Any, Any]) -> None:
+    made = [
+        evaluate_model(HfBackend(*loaded, batch_size=size), questions(), task="gsm8k", decoding=SHORT).predictions
+        for size in (1, 4, 64)
+    ]
+    assert made[0] == made[1] == made[2]
+    assert [p["id"] for p in made[0]] == [f"q{i}" for i in range(7)]
+
+
+def test_hf_equals_transformers_generate(backend: HfBackend) -> None:
+    import torch
+
+    prompt = [0, 50, 60, 70]
+    made = backend.generate([Request([0, 9], 3, 0), Request(prompt, 10, 0)], Sampling(0, 1, ()))[1]
+    expected = backend._model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10)[0, 4:].tolist()
+    assert made == expected
+
+
+def test_mmlu_log_probabilities(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.add_tokens([" A", " B", " C", " D"])
+    found = evaluate_model(HfBackend(loaded[0], tokenizer, batch_size=2), choices(), task="mmlu")
+    for row, example in zip(found.predictions, choices(), strict=True):
+        assert row["prompt"].endswith("Answer:\n<|assistant|>\nThe answer is:")
+        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        expected = loaded[0](torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        for letter, value in row["log_probabilities"].items():
+            assert value == pytest.approx(float(expected[tokenizer.convert_tokens_to_ids(f" {letter}")]), abs=1e-5)
+        assert row["extracted"] == max(row["log_probabilities"], key=row["log_probabilities"].__getitem__)
+        assert row["correct"] == (row["extracted"] == example.reference["answer"])
+
+
+class SpacedTokenizer:
+    """Reads letters, with a space in front, as given; everything else by byte."""
+
+    bos_token = None
+    eos_token_id = -1
+    eos_token = "</s>"
+
+    def __init__(self, letters: dict[str, list[int]]) -> None:
+        self._letters = letters
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        end = next((end for end in self._letters if text.endswith(end)), "")
+        ids = list(text.removesuffix(end).encode()) + self._letters.get(end, [])
+        return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(ids))]}
+
+
+def test_letters_must_be_distinct_single_tokens() -> None:
+    good = {" A": [301], " B": [302]}
+    assert continuation_tokens(SpacedTokenizer(good), "is:", [" A", " B"]) == [301, 302]
+    with pytest.raises(UserError, match=r"letter ' B' after 'is:': expected one token, found \[32, 66\]"):
+        continuation_tokens(SpacedTokenizer({" A": [301], " B": [32, 66]}), "is:", [" A", " B"])
+    with pytest.raises(UserError, match=r"expected distinct tokens, found \[301, 301\]"):
+        continuation_tokens(SpacedTokenizer({" A": [301], " B": [301]}), "is:", [" A", " B"])
+
+
+def test_stop_strings_end_the_text_and_the_work(backend: HfBackend) -> None:
+    free = backend.generate([Request([0, 40], 40, 0)], Sampling(0, 1, ()))[0]
+    text = completion(backend.tokenizer, [0, 40], free, backend.ends, ())
+    stop = text[5:7]
+    stopped = backend.generate([Request([0, 40], 40, 0)], Sampling(0, 1, (stop,)))[0]
+    assert completion(backend.tokenizer, [0, 40], stopped, backend.ends, (stop,)) == text[: text.index(stop)]
+    assert len(stopped) < len(free)
+
+
+def test_killed_and_started_again_equals_undisturbed(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate_model(HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT)
+    calls = 0
+    original = HfBackend.generate
+
+    def counted(self: HfBackend, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(self, requests, sampling)
+
+    monkeypatch.setattr(HfBackend, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT, scratch=tmp_path)
+    assert len(list(tmp_path.rglob("batch_*.json"))) == 2
+    again = evaluate_model(
+        HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT, scratch=tmp_path
+    )
+    assert calls == 3 + 2
+    assert json.dumps(engine.metrics([again])) == json.dumps(engine.metrics([whole]))
+    assert again.predictions == whole.predictions
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_is_not_shared_between_weights(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    import torch
+
+    model, tokenizer = loaded
+    first = HfBackend(model, tokenizer).identity
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    try:
+        assert HfBackend(model, tokenizer).identity != first
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1
+
+
+def test_vllm_and_hf_agree(folder: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    hf = HfBackend(*loaded)
+    vllm = VllmBackend(str(folder), loaded[1], identity="x", dtype="float32")
+    assert (hf.max_length, hf.dtype, hf.ends) == (vllm.max_length, vllm.dtype, vllm.ends)
+    one, two = (evaluate_model(b, questions(), task="gsm8k", decoding=SHORT) for b in (hf, vllm))
+    assert one.predictions == two.predictions
+    prompts, tokens = [[0, 50, 51], [0, 60, 61, 62]], [70, 80, 90, 100]
+    for a, b in zip(hf.next_token_logprobs(prompts, tokens), vllm.next_token_logprobs(prompts, tokens), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_sampling_is_seeded_and_independent_of_batches(loaded: tuple[Any, Any]) -> None:
+    drawn = Decoding(max_new_tokens=8, num_samples=3, temperature=1.0, top_p=0.9)
+    made = [
+        evaluate_model(HfBackend(*loaded, batch_size=size), questions(3), task="gsm8k", decoding=drawn).predictions
+        for size in (2, 9)
+    ]
+    assert made[0] == made[1]
+    assert len({sample["text"] for row in made[0] for sample in row["samples"]}) > 3
+
+
+def test_code_is_judged_and_settings_are_recorded(backend: HfBackend) -> None:
+    found = evaluate_model(backend, programs(), task="humaneval", decoding=SHORT, sandbox_floor="rlimits")
+    assert found.settings["sandbox"] == "sandlock"
+    assert found.pass_at_k == {"1": 0.0}
+    assert found.predictions[0]["outcome"] in ("failed", "error")
+    shown = json.dumps(engine.metrics([found]))
+    assert json.loads(shown)["n"] == 1
+
+
+def test_score_and_standard_error() -> None:
+    found = engine.Evaluation("gsm8k", "accuracy", list("abcd"), [1.0, 0.0, 1.0, 1.0], {}, {}, [])
+    assert (found.score, found.stderr) == (75.0, 25.0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "task", "message"),
+    [
+        (questions(1), "mmul", "unknown task 'mmul'; expected one of mmlu, gsm8k, humaneval, mbpp"),
+        (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),
+        (questions(1) * 2, "gsm8k", "example q0: this id occurs twice in the test set"),
+        (
+            [Example("gsm8k", "long", "x" * 600, "1", "Answer:", {"answer": "1"})],
+            "gsm8k",
+            "example long: the prompt has 613 tokens, the model's context 512; leave the example out or use a model with a longer context",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(backend: HfBackend, examples: list[Example], task: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        evaluate_model(backend, examples, task=task, decoding=SHORT)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 2}, "num_samples 2 with temperature 0 would repeat one answer; set a temperature"),
+        ({"top_p": 0.5}, "top_p 0.5 has no effect with temperature 0; set a temperature"),
+        ({"temperature": -1.0}, "temperature must not be negative, found -1.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens and num_samples must be at least 1"),
+    ],
+)
+def test_decoding_that_makes_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(") + "$"):
+        Decoding(**settings)
