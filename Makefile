@@ -18,7 +18,7 @@ run: .venv/run
 
 test: .venv/test
 	@$(MAKE) --no-print-directory lint
-	@python -m pytest -n 2
+	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	@ruff check . && ruff format --check . && mypy && lint-imports

@@ -53,9 +53,9 @@ def build_model(out: Path, scratch: Path, corpus: Corpus, name: str) -> None:
 
 
 def build_scores(out: Path, corpus: Corpus) -> None:
-    """Score the four models on the test sets by level and write `scores.json`."""
+    """Score the two chat models on the test sets by level and write `scores.json`."""
     scores = {}
-    for folder in MODEL_FOLDERS:
+    for folder in (f"{name}-chat" for name in MODELS):
         model = LlamaForCausalLM.from_pretrained(str(out / folder))
         scores[folder] = score_model(model, _read_tokenizer(out / folder), corpus.test)
         Console().print(f"{folder}: " + ", ".join(_describe(task, score) for task, score in scores[folder].items()))

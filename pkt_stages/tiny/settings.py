@@ -118,9 +118,9 @@ MODELS = {
             ("mixed", 1900),
             ("facts", 1940),
             ("drills", 2600),
-            ("numbers", NNN),
-            ("chat", 5500),
+            ("numbers", 3800),
+            ("chat", 4900),
         ),
-        decay_steps=1200,
+        decay_steps=940,
     ),
 }

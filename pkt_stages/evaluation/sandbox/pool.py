@@ -70,7 +70,7 @@ def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Lev
     if level is None or LEVELS.index(level) > LEVELS.index(floor):
         found = level or "none"
         raise UserError(
-            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.7 or later"
+            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.7+"
             f" (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
         )
     return level
