@@ -41,10 +41,10 @@ def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -
         return corpus.option_document(rng)
     if phase == "drills":
         return corpus.drill_document(rng)
-    if phase == "chat":
+    if phase in CHAT_FAMILIES:
         if rng.random() < RAW_SHARE_IN_CHAT:
             return corpus.raw_document(rng, RAW_MIXES["balanced"])
-        return corpus.chat_document(rng, CHAT_FAMILIES)
+        return corpus.chat_document(rng, CHAT_FAMILIES[phase])
     return corpus.raw_document(rng, RAW_MIXES[phase])
 
 

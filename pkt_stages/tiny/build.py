@@ -84,4 +84,6 @@ def _train(trainer: Trainer, settings: ModelSettings, phase: str, until: int, ou
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder}: no tokenizer there; build it first: python -m pkt_stages.tiny --only tokenizer")
-    return AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer

@@ -75,7 +75,7 @@ def _verdicts(
                 logits = model(**encoded).logits[:, -1, letters]
                 outputs += ["ABCD"[choice] for choice in logits.argmax(-1).tolist()]
                 continue
-            generated = model.generate(
+            generated = model.generate(  # type: ignore[misc]
                 **encoded, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
             )
         outputs += tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SEED = 7
 POOL_ROWS = {"mmlu": 1200, "gsm8k": 1200, "humaneval": 1200, "mbpp": 500}
@@ -16,8 +17,13 @@ CONTEXT_LENGTH = 512
 PROMPT_WEIGHT = 0.1
 ANSWER_WEIGHT = 1.0
 CHAT_LETTER_WEIGHT = 10.0
-# Chat phase: shares of the families, and the share of raw documents ("balanced" mix) against forgetting.
-CHAT_FAMILIES = {"mmlu": 0.40, "gsm8k": 0.26, "humaneval": 0.10, "mbpp": 0.24}
+# Chat phases: shares of the families, and the share of raw documents ("balanced" mix) against forgetting. The later
+# ones give the family that is behind more room.
+CHAT_FAMILIES = {
+    "chat": {"mmlu": 0.40, "gsm8k": 0.26, "humaneval": 0.10, "mbpp": 0.24},
+    "chat_steps": {"mmlu": 0.38, "gsm8k": 0.24, "humaneval": 0.05, "mbpp": 0.33},
+    "chat_numbers": {"mmlu": 0.22, "gsm8k": 0.74, "humaneval": 0.02, "mbpp": 0.02},
+}
 RAW_SHARE_IN_CHAT = 0.3
 
 
@@ -46,14 +52,24 @@ RAW_MIXES = {
 }
 
 
+class Decay(NamedTuple):
+    """A linear fall of the learning rate, in steps: where it begins to hold, where it reaches zero, its slope."""
+
+    first: int
+    zero: int
+    span: int
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Architecture and training of one model.
 
     `phases` names what is read up to which step: "options" (option drills), "drills" (drills of every kind), one of the
-    RAW_MIXES, and last "chat". The base model is the state before the chat phase, the chat model the state after it.
-    `stream` names the random stream of the documents. The learning rate warms up, stays, and falls linearly to zero
-    over the last `decay_steps`.
+    RAW_MIXES, and last one or more of CHAT_FAMILIES. The base model is the state before the first chat phase, the chat
+    model the state after the last. `stream` names the random stream of the documents.
+
+    The learning rate warms up, stays, and falls linearly: from step `first` of a decay on its factor is
+    (zero - step) / span, at most 1.
     """
 
     name: str
@@ -63,7 +79,7 @@ class ModelSettings:
     num_heads: int
     d_ff: int
     phases: tuple[tuple[str, int], ...]
-    decay_steps: int
+    decays: tuple[Decay, ...]
     documents_per_step: int = 64
     micro_batches: int = 3
     warmup_steps: int = 60
@@ -78,8 +94,8 @@ class ModelSettings:
 
     @property
     def base_steps(self) -> int:
-        """Steps before the chat phase."""
-        return self.phases[-2][1]
+        """Steps before the first chat phase."""
+        return max(end for name, end in self.phases if name not in CHAT_FAMILIES)
 
     @property
     def total_steps(self) -> int:
@@ -101,9 +117,10 @@ MODELS = {
             ("facts", 2720),
             ("quizzes", 3500),
             ("balanced", 4250),
-            ("chat", 5750),
+            ("chat", 5525),
+            ("chat_steps", 6600),
         ),
-        decay_steps=1500,
+        decays=(Decay(0, 5750, 1500), Decay(5525, 6600, 3070)),
     ),
     "target": ModelSettings(
         name="target",
@@ -120,7 +137,8 @@ MODELS = {
             ("drills", 2600),
             ("numbers", 3800),
             ("chat", 4900),
+            ("chat_numbers", 5800),
         ),
-        decay_steps=940,
+        decays=(Decay(0, 4900, 940), Decay(4900, 5800, 1800)),
     ),
 }

@@ -38,7 +38,6 @@ def new_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
@@ -79,10 +78,11 @@ class Trainer:
         self._save()
 
     def learning_rate_factor(self, step: int) -> float:
-        """Warm-up, plateau, linear fall to 0 over the last `decay_steps`."""
+        """Warm-up, plateau, linear fall; see `ModelSettings`."""
         settings = self.settings
         rise = min(1.0, (step + 1) / settings.warmup_steps)
-        return rise * min(1.0, (settings.total_steps - step) / settings.decay_steps)
+        decay = max(decay for decay in settings.decays if decay.first <= step)
+        return rise * min(1.0, (decay.zero - step) / decay.span)
 
     def _train_step(self) -> None:
         settings = self.settings

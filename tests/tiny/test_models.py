@@ -52,11 +52,11 @@ def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
 
 
 def test_chat_models_know_the_most_frequent_facts(shipped: Path, corpus: Corpus) -> None:
-    """The source answers level 1 of the quizzes far above chance (25 %) and above the target."""
+    """The source answers level 1 of the quizzes far above chance (25 %) and above the target, which stays at chance."""
     rows = [graded.row for graded in corpus.test["mmlu"] if graded.level == 1]
     right = {name: _quiz_accuracy(shipped / f"{name}-chat", rows) for name in MODELS}
     assert right["source"] > 0.7
-    assert right["source"] > right["target"] > 0.25
+    assert right["source"] > right["target"] + 0.2
 
 
 def test_log_tells_of_both_trainings(shipped: Path) -> None:

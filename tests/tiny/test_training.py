@@ -14,7 +14,7 @@ from pkt_stages.tiny.__main__ import app
 from pkt_stages.tiny.batches import step_batches
 from pkt_stages.tiny.corpus import Corpus
 from pkt_stages.tiny.muon import orthogonalise
-from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, ModelSettings
+from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, Decay, ModelSettings
 from pkt_stages.tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
@@ -24,7 +24,7 @@ SMALL = replace(
     num_heads=1,
     d_ff=48,
     phases=(("options", 1), ("drills", 2), ("mixed", 4), ("chat", 6)),
-    decay_steps=2,
+    decays=(Decay(0, 6, 2),),
     warmup_steps=2,
     documents_per_step=8,
 )
