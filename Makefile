@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # PyTorch's CPU build: from the wheels folder if one is set, else from PyTorch's own index. TORCH_BACKEND=auto for GPUs.
 TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt \
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --override overrides.txt \
 	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
 .PHONY: run test lint tiny

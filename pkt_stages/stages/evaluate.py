@@ -1,29 +1,31 @@
 """How good is a model, or a target with a delta in it? (METHODS section 10)
 
 A test set + a model (+ deltas) -> metrics (score and standard error in percent, right or wrong per example) and, on
-request, every prediction. With several deltas the metrics hold one run each.
+request, every prediction. Each delta is a run, with the model loaded once; without deltas there is one run, `base`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pkt_stages.artifacts import write_json
+from pkt_stages import artifacts
+from pkt_stages.encoding import Template
 from pkt_stages.errors import UserError
-from pkt_stages.examples import TASKS, read_examples, write_rows
+from pkt_stages.examples import TASKS, Example, read_examples, write_rows
 from pkt_stages.options import Stopwatch, option, with_params
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.backends import Backend
-    from pkt_stages.evaluation.engine import Evaluation
+    from pkt_stages.evaluation.engine import Decoding, Evaluation
     from pkt_stages.models.load import ModelRef
 
 
@@ -33,7 +35,7 @@ class EvaluateParams:
 
     backend: Literal["hf", "vllm"] = option("hf", "What computes: hf (transformers) or vllm.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "Dtype of the weights; auto: stored.")
-    template: Literal["chat", "tulu", "llama2", "none"] = option("chat", "Prompt template; chat: the tokenizer's own.")
+    template: Template = option("chat", "Prompt template; chat: the tokenizer's own.")
     max_new_tokens: int = option(512, "Tokens per answer, at most; mmlu generates none.")
     num_samples: int = option(1, "Answers per example; more than one needs a temperature.")
     temperature: float = option(0.0, "Sampling temperature; 0 is greedy.")
@@ -47,22 +49,31 @@ class EvaluateParams:
     limit: int | None = option(None, "Only the first so many examples, for a quick look.")
     code_version: int = option(1, "Raised by the developers when the result's meaning changes.")
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, found {self.limit}")
+        if not self.sandbox_seconds > 0 or self.sandbox_memory_mb < 1:
+            raise ValueError("sandbox_seconds and sandbox_memory_mb must be above 0")
+        self.decoding()
 
-def run(backend: Backend, examples: list[Any], task: str, params: EvaluateParams, scratch: Path) -> Evaluation:
+    def decoding(self) -> Decoding:
+        """Raise ValueError if these settings contradict each other."""
+        from pkt_stages.evaluation.engine import Decoding
+
+        return Decoding(self.max_new_tokens, self.num_samples, self.temperature, self.top_p, self.seed)
+
+
+def run(backend: Backend, examples: list[Example], task: str, params: EvaluateParams, scratch: Path) -> Evaluation:
     """One evaluation of one model."""
-    from pkt_stages.evaluation.engine import Decoding, evaluate_model
+    from pkt_stages.evaluation.engine import evaluate_model
     from pkt_stages.evaluation.sandbox.pool import Limits
 
-    try:
-        decoding = Decoding(params.max_new_tokens, params.num_samples, params.temperature, params.top_p, params.seed)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return evaluate_model(
         backend,
         examples,
         task=task,
         template=params.template,
-        decoding=decoding,
+        decoding=params.decoding(),
         sandbox_floor=params.sandbox_floor,
         limits=Limits(params.sandbox_seconds, params.sandbox_memory_mb),
         scratch=scratch,
@@ -81,7 +92,6 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Delta from `pkt inject`, or its folder of deltas, each a run; may be repeated."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder to merge into the model.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision (commit hash).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.", envvar="PKT_EVALUATE_BATCH_SIZE")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto (sharded).", envvar="PKT_DEVICE")] = "cpu",
@@ -90,112 +100,111 @@ def evaluate(
     ] = Path(".scratch"),
 ) -> None:
     """Score a model on a test set; generated code runs in a sandbox."""
-    from pkt_stages.evaluation.engine import metrics
-    from pkt_stages.models.load import check_device, resolve
+    from pkt_stages.evaluation.engine import check_examples, metrics
+    from pkt_stages.models.load import check_device, identity, load_config, resolve
 
     watch = Stopwatch()
-    examples = read_examples(test)
-    if params.limit is not None:
-        if params.limit < 1:
-            raise UserError(f"limit: expected at least 1, found {params.limit}")
-        examples = examples[: params.limit]
+    examples = read_examples(test)[: params.limit]
+    check_examples(task, examples)
     ref = resolve(model, revision)
     check_device(device)
-    deltas = _delta_files(delta or [])
-    evaluations = [
-        run(backend, examples, task, params, scratch)
-        for backend in _backends(ref, params, deltas, adapter, batch_size, device)
-    ]
+    load_config(ref)
+    deltas = labelled_deltas(delta or [])
+    found = evaluate_all(ref, deltas, examples, task, params, batch_size=batch_size, device=device, scratch=scratch)
     if predictions is not None:
-        names = [path.stem for path in deltas] if deltas else [None]
-        rows = [
-            ({"delta": name} if name else {}) | row
-            for name, evaluation in zip(names, evaluations, strict=True)
-            for row in evaluation.predictions
-        ]
-        write_rows(predictions, rows)
-    found = metrics(evaluations)
-    write_json(out, found)
-    shown = f"{task} {found['score']:.1f} +- {found['stderr']:.1f} % {found['metric']} on {found['n']} examples"
-    watch.summary("evaluate", shown + (f", {len(evaluations)} runs" if len(evaluations) > 1 else ""), out)
+        write_rows(predictions, [{"run": label} | row for label, made in found for row in made.predictions])
+    result = metrics(found) | {"model": identity(ref)}
+    artifacts.write_json(out, result)
+    shown = f"{task} {result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']} on {result['n']} examples"
+    watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
 
 
-def _delta_files(paths: list[Path]) -> list[Path]:
-    """The deltas named, those of a folder in the order of their names.
+def labelled_deltas(paths: list[Path]) -> dict[str, Path]:
+    """Deltas by the id of the example that each was made from, else by file stem.
+
+    Those of a folder come in the order of their numbers.
 
     Raises:
-        UserError: a folder without deltas.
+        UserError: a folder without deltas, a file that is no delta, or two deltas with one label.
     """
-    files: list[Path] = []
+    labelled: dict[str, Path] = {}
     for path in paths:
-        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path}: a folder without a delta; make some with `pkt inject`")
-        files += found
-    return files
+        files = sorted(path.glob("delta_*.safetensors"), key=_number) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: a folder without delta_*.safetensors; make some with `pkt inject`")
+        for file in files:
+            example = artifacts.load(file, "delta").meta.get("example")
+            label = str(example["id"]) if isinstance(example, dict) and "id" in example else file.stem
+            if label in labelled:
+                raise UserError(f"{file}: a delta for {label!r} as {labelled[label]}; evaluate them one by one")
+            labelled[label] = file
+    return labelled
 
 
-def _backends(
-    ref: ModelRef, params: EvaluateParams, deltas: list[Path], adapter: Path | None, batch_size: int, device: str
-) -> Iterator[Backend]:
-    """The model, or the model with each delta in turn, loaded once."""
-    from pkt_stages.evaluation.backends import VllmBackend
+def _number(path: Path) -> tuple[int, str]:
+    digits = re.search(r"(\d+)$", path.stem)
+    return (int(digits.group()) if digits else -1, path.name)
+
+
+def evaluate_all(
+    ref: ModelRef,
+    deltas: Mapping[str, Path],
+    examples: list[Example],
+    task: str,
+    params: EvaluateParams,
+    *,
+    batch_size: int,
+    device: str,
+    scratch: Path,
+) -> list[tuple[str, Evaluation]]:
+    """Evaluations with their labels: of the model with each delta in turn, or of the model alone as `base`."""
+    from pkt_stages.evaluation.backends import HfBackend, VllmBackend
     from pkt_stages.models.inject import load_delta, merged
-    from pkt_stages.models.load import identity, load_model, load_tokenizer
+    from pkt_stages.models.load import identity, load_model, load_tokenizer, weights_hash
 
     tokenizer = load_tokenizer(ref)
-    if params.backend == "vllm" and not deltas and adapter is None:
-        known = identity(ref)
-        yield VllmBackend(
-            ref.location,
+
+    def hf(weights: str) -> Evaluation:
+        backend = HfBackend(model, tokenizer, batch_size=batch_size, identity=weights)
+        return run(backend, examples, task, params, scratch)
+
+    def vllm(location: str, revision: str | None, weights: str) -> Evaluation:
+        backend = VllmBackend(
+            location,
             tokenizer,
-            identity=f"{known['name']}@{known['revision']}",
-            revision=ref.revision,
+            identity=weights,
+            revision=revision,
             dtype=params.dtype,
             batch_size=batch_size,
             seed=params.seed,
         )
-        return
+        with closing(backend):
+            return run(backend, examples, task, params, scratch)
+
+    if params.backend == "vllm" and not deltas:
+        return [("base", vllm(ref.location, ref.revision, "{name}@{revision}".format(**identity(ref))))]
     model = load_model(ref, dtype=params.dtype, device="cpu" if params.backend == "vllm" else device)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
+    weights = weights_hash(dict(model.named_parameters()))
     if not deltas:
-        with _backend(model, tokenizer, params, batch_size) as backend:
-            yield backend
-    for path in deltas:
-        with merged(model, load_delta(path)), _backend(model, tokenizer, params, batch_size) as backend:
-            yield backend
+        return [("base", hf(weights))]
+    found = []
+    for label, path in deltas.items():
+        with merged(model, load_delta(path)):
+            name = f"{weights}+{artifacts.content_hash(path)}"
+            if params.backend == "hf":
+                found.append((label, hf(name)))
+                continue
+            with _written(model, tokenizer, scratch / f"merged-{hashlib.sha256(name.encode()).hexdigest()[:32]}") as at:
+                found.append((label, vllm(str(at), None, name)))
+    return found
 
 
 @contextmanager
-def _backend(model: Any, tokenizer: Any, params: EvaluateParams, batch_size: int) -> Iterator[Backend]:
-    """A backend for a model in memory; for vLLM it is written to a folder that is removed afterwards."""
-    from pkt_stages.evaluation.backends import HfBackend, VllmBackend
-    from pkt_stages.models.load import weights_hash
-
-    if params.backend == "hf":
-        yield HfBackend(model, tokenizer, batch_size=batch_size)
-        return
-    folder = Path(tempfile.mkdtemp(prefix="pkt-evaluate-"))
+def _written(model: Any, tokenizer: Any, folder: Path) -> Iterator[Path]:
+    """The model as a folder, which vLLM needs, for as long as the context lasts."""
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        yield VllmBackend(
-            str(folder),
-            tokenizer,
-            identity=weights_hash(dict(model.named_parameters())),
-            dtype=params.dtype,
-            batch_size=batch_size,
-            seed=params.seed,
-        )
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _with_adapter(model: Any, folder: Path) -> Any:
-    """The model with a PEFT adapter merged into its weights."""
-    from peft import PeftModel
-
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json; expected a PEFT adapter folder")
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

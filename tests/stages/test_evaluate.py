@@ -32,45 +32,74 @@ def test_metrics_and_predictions(pkt: Run, target_folder: Path, test_set: Path, 
     found = json.loads(out.read_text())
     assert (found["task"], found["n"], found["ids"]) == ("gsm8k", 3, ["q0", "q1", "q2"])
     assert found["settings"]["max_new_tokens"] == 8
-    assert len(found["runs"]) == 1
+    assert [run["label"] for run in found["runs"]] == ["base"]
+    assert found["model"]["revision"].startswith("sha256:")
+    assert str(tmp_path) not in out.read_text()
     assert [json.loads(line)["id"] for line in predictions.read_text().splitlines()] == found["ids"]
     again = tmp_path / "again.json"
     pkt(*arguments(target_folder, test_set, again), "--limit", 3)
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_several_deltas_are_several_runs(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+def write_delta(path: Path, size: float, example: str | None = None) -> Path:
     from pkt_stages import artifacts
     from pkt_stages.models.inject import SparseDelta, delta_tensors
 
-    paths = []
-    for size in (0.5, 5.0):
-        rows = torch.full((1, 2, 64), size)
-        delta = {"ffn_down": SparseDelta(torch.tensor([0]), torch.tensor([[1, 2]]), rows)}
-        paths.append(tmp_path / f"delta_{size}.safetensors")
-        artifacts.save(paths[-1], "delta", delta_tensors(delta), {})
+    rows = torch.full((1, 2, 64), size)
+    delta = {"ffn_down": SparseDelta(torch.tensor([0]), torch.tensor([[1, 2]]), rows)}
+    artifacts.save(path, "delta", delta_tensors(delta), {"example": {"id": example}} if example else {})
+    return path
+
+
+def texts(path: Path) -> dict[str, list[str]]:
+    made: dict[str, list[str]] = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        made.setdefault(row["run"], []).append(row["text"])
+    return made
+
+
+def test_several_deltas_are_several_runs(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deltas"
+    for number, size in ((10, 5.0), (2, 0.5)):
+        write_delta(folder / f"delta_{number}.safetensors", size, f"x{number}")
+    alone = write_delta(tmp_path / "alone.safetensors", 5.0)
     out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
     status, _, err = pkt(
-        *arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", paths[0], "--delta", paths[1]
+        *arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", folder, "--delta", alone
     )
     assert status == 0, err
-    assert len(json.loads(out.read_text())["runs"]) == 2
-    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
-    assert [row["delta"] for row in rows] == ["delta_0.5"] * 4 + ["delta_5.0"] * 4
-    assert [row["text"] for row in rows[:4]] != [row["text"] for row in rows[4:]]
+    assert [run["label"] for run in json.loads(out.read_text())["runs"]] == ["x2", "x10", "alone"]
+    found = texts(predictions)
+    assert list(found) == ["x2", "x10", "alone"]
+    assert found["x2"] != found["x10"]
+    # Equal deltas give equal answers, whatever was merged before.
+    assert found["x10"] == found["alone"]
+    pkt(*arguments(target_folder, test_set, out), "--predictions", predictions)
+    assert texts(predictions)["base"] != found["x10"]
+
+
+def test_two_deltas_with_one_label(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    one, two = (write_delta(tmp_path / name / "d.safetensors", 1.0, "same") for name in "ab")
+    out = tmp_path / "m.json"
+    status, _, err = pkt(*arguments(target_folder, test_set, out), "--delta", one, "--delta", two)
+    assert (status, err) == (2, f"pkt: error: {two}: a delta for 'same' as {one}; evaluate them one by one\n")
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--limit", 0), "pkt: error: limit: expected at least 1, found 0\n"),
-        (("--top-p", 0.5), "pkt: error: top_p 0.5 has no effect with temperature 0; set a temperature\n"),
-        (("--adapter", "nowhere"), "pkt: error: nowhere: no adapter_config.json; expected a PEFT adapter folder\n"),
+        (("--limit", 0), "options of `evaluate`: limit must be at least 1, found 0"),
+        (("--top-p", 0.5), "options of `evaluate`: top_p 0.5 has no effect with temperature 0; set a temperature"),
+        (
+            ("--task", "mbpp"),
+            "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`",
+        ),
+        (("--delta", Path("profiles")), "profiles: a folder without delta_*.safetensors; make some with `pkt inject`"),
     ],
 )
 def test_bad_input(
     pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path, extra: tuple[object, ...], message: str
 ) -> None:
     out = tmp_path / "m.json"
-    assert pkt(*arguments(target_folder, test_set, out), *extra)[0::2] == (2, message)
+    assert pkt(*arguments(target_folder, test_set, out), *extra)[0::2] == (2, f"pkt: error: {message}\n")
     assert not out.exists()

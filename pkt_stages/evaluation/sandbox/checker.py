@@ -1,17 +1,20 @@
 """Runs the tests, in a sandbox of its own, against proxies of what the candidate's process defined.
 
 The test code sees: what the benchmark itself put before the candidate (imports and helper functions of the prompt,
-so that a candidate cannot replace a helper that the tests rely on), the built-ins, and for every other name that the
-candidate defined a proxy that forwards calls. Values that come back are plain data or handles without behaviour.
+so that a candidate cannot replace a helper that the tests rely on), the built-ins, the standard library's modules,
+and for every other name that the candidate defined a proxy that forwards calls. Values that come back are plain data
+or handles without behaviour.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -81,7 +84,10 @@ def run_job(job: dict[str, Any], exchange: Callable[[bytes], bytes]) -> dict[str
             raise NotPlain("expected names")
         names: dict[str, Any] = {"__name__": "tests"}
         _define_helpers(job["prefix"], job["entry"], names)
-        program = compile(job["setup"] + "\n\n" + job["tests"], "<tests>", "exec")
+        tree = ast.parse(job["setup"] + "\n\n" + job["tests"])
+        program = compile(tree, "<tests>", "exec")
+        for name in sorted(_modules(tree) - _bound(program) - set(names) - {job["entry"]}):
+            names[name] = importlib.import_module(name)
         wanted = _names(program) | ({job["entry"]} if job["entry"] else set())
         own = _bound(program) | set(names) | (set(dir(builtins)) - {job["entry"]})
         for name in sorted((wanted & {n for n in defined if isinstance(n, str)}) - own):
@@ -129,6 +135,12 @@ def _names(code: CodeType) -> set[str]:
     """All global names that a piece of code reads or writes, nested functions included."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names, inner))
+
+
+def _modules(tree: ast.Module) -> set[str]:
+    """The standard library's modules of which a program uses an attribute, whether it imports them or not."""
+    owners = (node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
 
 
 def _bound(code: CodeType) -> set[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -59,7 +60,8 @@ def start(level: Level, source: str, *, memory_mb: int, cpu_seconds: int, num_pr
     command = [os.path.realpath(sys.executable), *_FLAGS, "-c", source]
     if level == "sandlock":
         return _start_sandlock(command, memory_mb, num_processes)
-    return _start_plain(command, memory_mb, cpu_seconds, namespaces=level == "namespaces")
+    forks = num_processes > 1
+    return _start_plain(command, memory_mb, cpu_seconds, forks=forks, namespaces=level == "namespaces")
 
 
 def strongest(*, memory_mb: int) -> Level | None:
@@ -76,7 +78,8 @@ def strongest(*, memory_mb: int) -> Level | None:
     return None
 
 
-def _readable() -> list[str]:
+@functools.cache
+def _readable() -> tuple[str, ...]:
     """What an interpreter without packages needs to start."""
     paths = sysconfig.get_paths()
     wanted = {os.path.realpath(sys.executable), paths["stdlib"], paths["platstdlib"], os.devnull}
@@ -85,7 +88,7 @@ def _readable() -> list[str]:
         wanted.add(os.path.join(str(sysconfig.get_config_var("LIBDIR")), str(library)))
     root = Path(os.sep)
     wanted |= {str(folder) for name in ("lib", "lib64") for folder in (root / name, root / "usr" / name)}
-    return sorted(path for path in wanted if os.path.exists(path))
+    return tuple(sorted(path for path in wanted if os.path.exists(path)))
 
 
 def _start_sandlock(command: list[str], memory_mb: int, num_processes: int) -> Confined:
@@ -132,7 +135,7 @@ def _ends_within(pid: int, seconds: float) -> bool:
         time.sleep(0.002)
 
 
-def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, namespaces: bool) -> Confined:
+def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, forks: bool, namespaces: bool) -> Confined:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def confine() -> None:
@@ -146,6 +149,8 @@ def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, namesp
             (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
         ):
             resource.setrlimit(limit, (value, value))
+        if not forks:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # the kernel does not hold root to it
         libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 

@@ -7,6 +7,7 @@ line. The verdict is the checker's, or this process's own (timeout, memory, erro
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import select
@@ -110,7 +111,7 @@ class Worker:
             killed = candidate.process.stop(grace)
             self._end_strays()
         if killed and verdict["verdict"] == "error":
-            verdict = {"verdict": "memory", "message": f"killed; more than {self._memory_mb} MB"}
+            verdict = {"verdict": "memory", "message": f"killed, most likely beyond {self._memory_mb} MB"}
         return verdict
 
     def close(self) -> None:
@@ -155,6 +156,7 @@ class Worker:
         )
 
 
+@functools.cache
 def _source(role: str) -> str:
     """The program of a role as one text, since a sandbox can read none of this package's files."""
     folder = Path(__file__).parent
