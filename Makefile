@@ -2,6 +2,8 @@
 # Needs Python 3.11+ (PYTHON=...), nothing else. A folder with wheels in PIP_FIND_LINKS is used where it is set.
 PYTHON ?= python3
 BIN := .venv/bin
+# Without compiled modules every stage would compile torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # PyTorch's CPU build: from the wheels folder if one is set, else from PyTorch's own index. TORCH_BACKEND=auto for GPUs.
