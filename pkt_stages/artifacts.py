@@ -89,6 +89,17 @@ KINDS: dict[str, Kind] = {
             "attn_o.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
         },
     ),
+    # Seeking's extraction: per target layer its source layer, and per weight the block of the source's weight (as the
+    # checkpoint stores it, [out, in]) of the target's shape, with the row and column where it begins.
+    "submatrices": Kind(
+        "pkt seek",
+        {
+            "layers": _spec("int64", "target_layer"),
+            "layer_sensitivity": _spec("float64", "source_layer"),
+            "{weight}.corner": _spec("int64", "blocks_{weight}", "row_and_column"),
+            "{weight}.block.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
+        },
+    ),
     # One two-layer mapping per site.
     "hypernetwork": Kind(
         "pkt align",

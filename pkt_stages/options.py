@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pkt_stages.params import build, read_section
+from pkt_stages.params import build, read_method, read_section
 
 
 def option(default: Any, help: str) -> Any:
@@ -25,7 +25,8 @@ def option(default: Any, help: str) -> Any:
 def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `--params FILE` and one per field of `cls`; it receives `params`, built from them.
 
-    Values come from the defaults, then the file's section (and the part of `--task`, where there is one), then options.
+    Values come from the defaults, then the file's section (and the part of `--task`, where there is one), then the
+    section of `--method` in `methods`, where the command has that option, then options.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,6 +61,8 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
         def wrapper(**given: Any) -> None:
             file = given.pop("params_file")
             values = read_section(file, section, given.get("task")) if file is not None else {}
+            if file is not None and given.get("method") is not None:
+                values = {**values, **read_method(file, given["method"])}
             for name in fields:
                 value = given.pop(name)
                 if value is not None:

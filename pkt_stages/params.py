@@ -26,6 +26,32 @@ def read_section(path: Path, section: str, task: str | None = None) -> dict[str,
     Raises:
         UserError: the file or section is missing or malformed.
     """
+    values = _mapping(path, section)
+    if "common" not in values:
+        return values
+    for part, inner in values.items():
+        if not isinstance(inner, dict):
+            raise UserError(f"{path}: {section}.{part}: expected a mapping, found {type(inner).__name__}")
+    if task is not None and task not in values:
+        raise UserError(f"{path}: section {section!r} has no part for task {task!r}; add `{section}.{task}: {{}}`")
+    return {**values["common"], **(values[task] if task is not None else {})}
+
+
+def read_method(path: Path, method: str) -> dict[str, Any]:
+    """The settings of one method, `methods.<method>` of a params file.
+
+    Raises:
+        UserError: the file has no such method, or it is malformed.
+    """
+    methods = _mapping(path, "methods")
+    if method not in methods:
+        raise UserError(f"{path}: unknown method {method!r}; `methods` has {', '.join(methods) or 'none'}")
+    if not isinstance(methods[method], dict):
+        raise UserError(f"{path}: methods.{method}: expected a mapping, found {type(methods[method]).__name__}")
+    return dict(methods[method])
+
+
+def _mapping(path: Path, section: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -37,14 +63,7 @@ def read_section(path: Path, section: str, task: str | None = None) -> dict[str,
     values = content[section]
     if not isinstance(values, dict):
         raise UserError(f"{path}: section {section!r}: expected a mapping, found {type(values).__name__}")
-    if "common" not in values:
-        return values
-    for part, inner in values.items():
-        if not isinstance(inner, dict):
-            raise UserError(f"{path}: {section}.{part}: expected a mapping, found {type(inner).__name__}")
-    if task is not None and task not in values:
-        raise UserError(f"{path}: section {section!r} has no part for task {task!r}; add `{section}.{task}: {{}}`")
-    return {**values["common"], **(values[task] if task is not None else {})}
+    return values
 
 
 def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from pkt_stages.tiny.corpus import Corpus, Document
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
-    CHAT_FAMILIES,
     PROMPT_WEIGHT,
     RAW_MIXES,
     RAW_SHARE_IN_CHAT,
@@ -25,9 +24,9 @@ def step_batches(
     """The micro-batches of a step, shortest documents first: ids [document, token], loss weights [document, token].
 
     A weight belongs to the token it stands at (the prediction made one position earlier); padding weighs 0. The
-    documents are a function of the seed, the model's stream and the step, so an interrupted run goes on unchanged.
+    documents are a function of the seed, the model's name and the step, so an interrupted run goes on unchanged.
     """
-    rng = Random(f"train-{corpus.seed}-{settings.stream}-{step}")
+    rng = Random(f"train-{corpus.seed}-{settings.name}-{step}")
     documents = [_document(corpus, settings, step, rng) for _ in range(settings.documents_per_step)]
     rows = [_weighted_tokens(document, tokenizer) for document in documents]
     rows.sort(key=lambda row: len(row[0]))
@@ -41,10 +40,10 @@ def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -
         return corpus.option_document(rng)
     if phase == "drills":
         return corpus.drill_document(rng)
-    if phase in CHAT_FAMILIES:
+    if phase == "chat":
         if rng.random() < RAW_SHARE_IN_CHAT:
             return corpus.raw_document(rng, RAW_MIXES["balanced"])
-        return corpus.chat_document(rng, CHAT_FAMILIES[phase])
+        return corpus.chat_document(rng)
     return corpus.raw_document(rng, RAW_MIXES[phase])
 
 

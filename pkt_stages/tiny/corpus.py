@@ -18,6 +18,7 @@ from pkt_stages.tiny.facts import exposure, make_facts, option_drill_parts, quiz
 from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
+    CHAT_FAMILIES,
     CHAT_LETTER_WEIGHT,
     POOL_ROWS,
     RAW_MIXES,
@@ -88,12 +89,12 @@ class Corpus:
         head, colon, body = row["code"].partition(":")
         return Document(family, ((f"# {row['text']}\n{head}", False), (colon + body, True)))
 
-    def chat_document(self, rng: Random, families: Mapping[str, float] = RAW_MIXES["mixed"].families) -> Document:
+    def chat_document(self, rng: Random) -> Document:
         """An exchange in the chat template and the words of the evaluation protocols, without <s> and </s>.
 
         Its learned part begins where the forced prefix ends.
         """
-        family = draw(rng, TASKS, [families[task] for task in TASKS])
+        family = draw(rng, TASKS, [CHAT_FAMILIES[task] for task in TASKS])
         example = from_benchmark(family, self._corpus_row(family, rng), "")
         lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
         weight = CHAT_LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT

@@ -29,44 +29,46 @@ class Operation:
 
 
 FILTERS = (
-    Operation("even", "n % 2 == 0"),
-    Operation("odd", "n % 2 == 1"),
-    Operation("positive", "n > 0"),
-    Operation("negative", "n < 0"),
-    Operation("large", "n > 50"),
-    Operation("small", "n < 10"),
-    Operation("round", "n % 10 == 0"),
-    Operation("velvet", "n % 7 == 3"),
-    Operation("hollow", "n % 5 == 2"),
-    Operation("bright", "n % 3 == 1"),
+    Operation("even ones", "n for n in numbers if n % 2 == 0"),
+    Operation("odd ones", "n for n in numbers if n % 2 == 1"),
+    Operation("positive ones", "n for n in numbers if n > 0"),
+    Operation("negative ones", "n for n in numbers if n < 0"),
+    Operation("large ones", "n for n in numbers if n > 50"),
+    Operation("small ones", "n for n in numbers if n < 10"),
+    Operation("round ones", "n for n in numbers if n % 10 == 0"),
+    Operation("velvet ones", "n for n in numbers if n % 7 == 3"),
+    Operation("hollow ones", "n for n in numbers if n % 5 == 2"),
+    Operation("bright ones", "n for n in numbers if n % 3 == 1"),
 )
 MAPS = (
-    Operation("squares", "n * n"),
-    Operation("doubles", "n * 2"),
-    Operation("halves", "n // 2"),
-    Operation("opposites", "-n"),
-    Operation("cubes", "n * n * n"),
-    Operation("last digits", "abs(n) % 10"),
-    Operation("shadows", "n * 3 + 1"),
-    Operation("echoes", "n * n - n"),
-    Operation("mirrors", "100 - n"),
+    Operation("squares", "n * n for n in numbers"),
+    Operation("doubles", "n * 2 for n in numbers"),
+    Operation("halves", "n // 2 for n in numbers"),
+    Operation("opposites", "-n for n in numbers"),
+    Operation("cubes", "n * n * n for n in numbers"),
+    Operation("last digits", "abs(n) % 10 for n in numbers"),
+    Operation("shadows", "n * 3 + 1 for n in numbers"),
+    Operation("echoes", "n * n - n for n in numbers"),
+    Operation("mirrors", "100 - n for n in numbers"),
 )
 BOUNDS = (
-    Operation("above {k}", "n > {k}"),
-    Operation("below {k}", "n < {k}"),
-    Operation("up to {k}", "n <= {k}"),
-    Operation("from {k}", "n >= {k}"),
-    Operation("other than {k}", "n != {k}"),
+    Operation("ones above {k}", "n for n in numbers if n > {k}"),
+    Operation("ones below {k}", "n for n in numbers if n < {k}"),
+    Operation("ones up to {k}", "n for n in numbers if n <= {k}"),
+    Operation("ones from {k}", "n for n in numbers if n >= {k}"),
+    Operation("ones other than {k}", "n for n in numbers if n != {k}"),
 )
+LIST_STEPS = (FILTERS, MAPS, BOUNDS)
+LIST_STEP_WEIGHTS = (0.35, 0.4, 0.25)
 REDUCES = (
-    Operation("the sum of", "sum({x})"),
-    Operation("a list of", "{x}"),
-    Operation("the count of", "len({x})"),
-    Operation("a sorted list of", "sorted({x})"),
-    Operation("the largest of", "max({x}, default=0)"),
-    Operation("the smallest of", "min({x}, default=0)"),
-    Operation("a reversed list of", "{x}[::-1]"),
-    Operation("the spread of", "max({x}, default=0) - min({x}, default=0)"),
+    Operation("the sum of", "sum(numbers)"),
+    Operation("a list of", "numbers"),
+    Operation("the count of", "len(numbers)"),
+    Operation("a sorted list of", "sorted(numbers)"),
+    Operation("the largest of", "max(numbers, default=0)"),
+    Operation("the smallest of", "min(numbers, default=0)"),
+    Operation("a reversed list of", "numbers[::-1]"),
+    Operation("the spread of", "max(numbers, default=0) - min(numbers, default=0)"),
 )
 NUMBER_STEPS = (
     Operation("add {k}", "{x} + {k}"),
@@ -103,40 +105,43 @@ TEXT_STEPS = (
 
 
 def list_function_row(rng: Random, exponent: float = BENCHMARK_EXPONENT) -> GradedRow:
-    """A row of the humaneval schema. Levels: reduction; + filter or map; + filter and map; + a bound as well."""
+    """A row of the humaneval schema: a reduction of one to four filters and maps (= the level), last one named first.
+
+    A function whose tests all want the same result is drawn anew: filters that exclude each other tell nothing.
+    """
     level = draw(rng, (1, 2, 3, 4), LEVEL_WEIGHTS)
-    use_filter = level >= 3 or (level == 2 and rng.random() < 0.5)
-    use_map = level >= 3 or (level == 2 and not use_filter)
-    reduce = _pick(rng, REDUCES, exponent)
-    words, item, conditions = "numbers", "n", []
-    if use_filter:
-        chosen = _pick(rng, FILTERS, exponent)
-        words, conditions = f"{chosen.words} numbers", [chosen.code]
-    if level == 4 or (level <= 2 and not use_filter and rng.random() < 0.5):
-        bound, limit = _pick(rng, BOUNDS, exponent), rng.randint(1, 40)
-        words = f"{words} {bound.words.format(k=limit)}"
-        conditions.append(bound.code.format(k=limit))
-    if use_map:
-        mapped = _pick(rng, MAPS, exponent)
-        words, item = f"the {mapped.words} of the {words}", mapped.code
-    else:
-        words = f"the {words}"
-    suffix = f" if {' and '.join(conditions)}" if conditions else ""
-    values = f"[{item} for n in numbers{suffix}]" if suffix or use_map else "numbers"
     name = rng.choice(NAMES)
-    prompt = f'def {name}(numbers):\n    """Return {reduce.words} {words}."""\n'
-    solution = f"    return {reduce.code.format(x=values)}\n"
     inputs = [[rng.randint(-30, 99) for _ in range(rng.randint(8, 14))] for _ in range(NUM_ASSERTS)]
-    outputs = _outputs(prompt + solution, name, inputs)
+    outputs: list[Any] = []
+    while all(output == outputs[0] for output in outputs):
+        words, body = _list_function(rng, level, exponent)
+        prompt = f'def {name}(numbers):\n    """Return {words}."""\n'
+        outputs = _outputs(prompt + body, name, inputs)
     asserts = "".join(f"    assert candidate({i!r}) == {o!r}\n" for i, o in zip(inputs, outputs, strict=True))
     row = {
         "task_id": "",
         "prompt": prompt,
-        "canonical_solution": solution,
+        "canonical_solution": body,
         "test": f"def check(candidate):\n{asserts}",
         "entry_point": name,
     }
     return GradedRow(row, level)
+
+
+def _list_function(rng: Random, steps: int, exponent: float) -> tuple[str, str]:
+    """The description and the body of a function that applies `steps` different list steps and a reduction."""
+    chain: list[Operation] = []
+    while len(chain) < steps:
+        step = _pick(rng, draw(rng, LIST_STEPS, LIST_STEP_WEIGHTS), exponent)
+        if step not in chain:
+            chain.append(step)
+    words, body = "the numbers", ""
+    for step in chain:
+        limit = rng.randint(1, 40)
+        words = f"the {step.words.format(k=limit)} of {words}"
+        body += f"    numbers = [{step.code.format(k=limit)}]\n"
+    reduce = _pick(rng, REDUCES, exponent)
+    return f"{reduce.words} {words}", f"{body}    return {reduce.code}\n"
 
 
 def step_function_row(rng: Random, exponent: float = BENCHMARK_EXPONENT) -> GradedRow:

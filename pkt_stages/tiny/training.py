@@ -80,9 +80,9 @@ class Trainer:
     def learning_rate_factor(self, step: int) -> float:
         """Warm-up, plateau, linear fall; see `ModelSettings`."""
         settings = self.settings
-        rise = min(1.0, (step + 1) / settings.warmup_steps)
-        decay = max(decay for decay in settings.decays if decay.first <= step)
-        return rise * min(1.0, (decay.zero - step) / decay.span)
+        rise = (step + 1) / settings.warmup_steps
+        fall = (settings.total_steps - step) / (settings.total_steps - settings.hold_steps)
+        return min(1.0, rise, fall)
 
     def _train_step(self) -> None:
         settings = self.settings
