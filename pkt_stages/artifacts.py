@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
             "top_tokens.{module}": _spec("int64", "example", "top", "lens_token"),
         },
     ),
-    # Which source neuron goes to which target neuron; rank r maps to rank r.
+    # Which source neuron goes to which target neuron; rank r maps to rank r. The random neurons serve a control.
     "selection": Kind(
         "pkt select",
         {
@@ -76,7 +76,8 @@ KINDS: dict[str, Kind] = {
                 ("source_neurons", (f"{module}_rank",)),
                 ("target_neurons", (f"{module}_rank",)),
             )
-        },
+        }
+        | {f"{module}_random_neurons": _spec("int64", "source_layer", f"{module}_rank") for module in ("ffn", "attn")},
     ),
     # The source's rows at the selected neurons, once per layer: row i belongs to neurons.{module}.{layer}[i].
     "source_rows": Kind(

@@ -105,11 +105,12 @@ def load_adapter(folder: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: expected a PEFT adapter, {name} is missing")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: expected a PEFT adapter, {Path(str(error.filename)).name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable PEFT adapter ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -1,4 +1,4 @@
-"""Adding a sparse delta to a model: differentiably through hooks, or merged into the weights.
+"""Adding a sparse delta to a model, differentiably through hooks; merging a delta or an adapter into the weights.
 
 A delta is, per site, a `SparseDelta`: the rows to add at the target's neurons of some layers. Under grouped-query
 attention several attention neurons share one v_proj row; what is meant for a shared row is summed, as the neurons'
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
+from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.sites import SITES, Geometry, as_rows, feature_of, geometry, projection_name, weight_name
 
 if TYPE_CHECKING:
@@ -150,22 +151,22 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: Module, delta: Delta, *, allow_rounding_loss: bool = False) -> MergeReport:
-    """Add a delta to the model's weights in place, in float32, rounding once to the model's dtype.
+def merge(model: Module, delta: Delta | Adapter, *, allow_rounding_loss: bool = False) -> MergeReport:
+    """Add a delta or an adapter to the model's weights in place, in float32, rounding once to the model's dtype.
 
     Raises:
         UserError: the delta does not fit the model; no weight would change; or more than half of the delta's norm
             would be lost to rounding and `allow_rounding_loss` is not set. Then nothing is changed.
     """
     plan = _plan(model, delta)
-    report = _report(plan, delta, model, allow_rounding_loss)
+    report = _report(plan, model, allow_rounding_loss)
     for change in plan:
         change.write(change.after)
     return report
 
 
 @contextmanager
-def merged(model: Module, delta: Delta, *, allow_rounding_loss: bool = False) -> Iterator[MergeReport]:
+def merged(model: Module, delta: Delta | Adapter, *, allow_rounding_loss: bool = False) -> Iterator[MergeReport]:
     """Within the context the delta is merged into the weights; on leaving they are bitwise what they were.
 
     Raises:
@@ -173,7 +174,7 @@ def merged(model: Module, delta: Delta, *, allow_rounding_loss: bool = False) ->
     """
     with torch.no_grad():
         plan = _plan(model, delta)
-    report = _report(plan, delta, model, allow_rounding_loss)
+    report = _report(plan, model, allow_rounding_loss)
     try:
         for change in plan:
             change.write(change.after)
@@ -185,11 +186,11 @@ def merged(model: Module, delta: Delta, *, allow_rounding_loss: bool = False) ->
 
 @dataclass(frozen=True)
 class _Change:
-    """New values of some rows of one weight; `rows` is a view of the weight as [weight row, d_model]."""
+    """New values of some rows of one weight; `rows` is a view of the weight as [weight row, width]."""
 
     name: str
     rows: Tensor
-    index: Tensor
+    index: Tensor | slice
     before: Tensor
     after: Tensor
     exact: Tensor
@@ -199,7 +200,9 @@ class _Change:
             self.rows[self.index] = values
 
 
-def _plan(model: Module, delta: Delta) -> list[_Change]:
+def _plan(model: Module, delta: Delta | Adapter) -> list[_Change]:
+    if isinstance(delta, Adapter):
+        return [_adapter_change(model, delta, module) for module in delta.factors]
     sizes = geometry(model.config)
     plan = []
     for site, part in delta.items():
@@ -207,14 +210,35 @@ def _plan(model: Module, delta: Delta) -> list[_Change]:
         for pair, layer in enumerate(part.layers.tolist()):
             name = weight_name(layer, site)
             rows = as_rows(model.get_parameter(name).detach(), site)
-            index, exact = (t.to(rows.device) for t in part.per_weight_row(pair, site, sizes))
-            before = rows[index]
-            after = (before.float() + exact).to(rows.dtype)
-            plan.append(_Change(name, rows, index, before, after, exact))
+            plan.append(_change(name, rows, *part.per_weight_row(pair, site, sizes)))
     return plan
 
 
-def _report(plan: list[_Change], delta: Delta, model: Module, allow_rounding_loss: bool) -> MergeReport:
+def _adapter_change(model: Module, adapter: Adapter, module: str) -> _Change:
+    """The change of one whole weight.
+
+    Raises:
+        UserError: the model has no such weight, or one of another shape.
+    """
+    name = f"{module}.weight"
+    try:
+        weight = model.get_parameter(name).detach()
+    except AttributeError:
+        raise UserError(f"adapter: the model has no weight {name}; it belongs to another target") from None
+    exact = adapter.delta(module)
+    if exact.shape != weight.shape:
+        raise UserError(f"adapter: {name} is {list(weight.shape)} in the model, {list(exact.shape)} in the adapter")
+    return _change(name, weight, slice(None), exact)
+
+
+def _change(name: str, rows: Tensor, index: Tensor | slice, exact: Tensor) -> _Change:
+    """Rounds once, to the weight's dtype."""
+    index, exact = index if isinstance(index, slice) else index.to(rows.device), exact.to(rows.device)
+    before = rows[index].clone()
+    return _Change(name, rows, index, before, (before.float() + exact).to(rows.dtype), exact)
+
+
+def _report(plan: list[_Change], model: Module, allow_rounding_loss: bool) -> MergeReport:
     lost = total = 0.0
     num_changed = {}
     for change in plan:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 class AlignParams:
     """Settings of the alignment."""
 
+    given: Literal["selected", "shuffled", "random_neurons", "random"] = option(
+        "selected",
+        "Rows that the mapping receives: selected (LaTen), or a control's: shuffled, random_neurons, random.",
+    )
     rate: float = option(0.1, "Share of the target's neurons that receive a delta, 0..max_rate of the selection.")
     steps: int = option(4, "Optimizer steps, each with the rows of one extract example.")
     batch_size: int = option(16, "Examples per step: the extract example and align examples.")
@@ -240,6 +244,7 @@ def align(
     out: Annotated[Path, typer.Option(help="Folder for one mapping per step (step_01.safetensors, ...).")],
     metrics: Annotated[Path, typer.Option(help="Where to write losses, delta ranges and the chosen step (JSON).")],
     task: Annotated[str | None, typer.Option(help="Part of the params section to use.")] = None,
+    method: Annotated[str | None, typer.Option(help="Entry of `methods` in the params to use.")] = None,
     curves: Annotated[Path | None, typer.Option(help="Folder for dvclive's curves of the same numbers.")] = None,
     scratch: Annotated[
         Path, typer.Option(help="Folder for the state of unfinished runs.", envvar="PKT_SCRATCH")
@@ -260,7 +265,7 @@ def align(
 
     watch = Stopwatch()
     load.check_device(device)
-    transfer = open_transfer(selection, rows, rate=params.rate)
+    transfer = open_transfer(selection, rows, rate=params.rate, given=params.given, seed=params.seed)
     ref = load.resolve(target, revision)
     identity = load.identity(ref)
     check_target(transfer, identity, target)

@@ -1,7 +1,8 @@
-"""How good is a model, or a target with a delta in it? (METHODS section 10)
+"""How good is a model, or a target with a delta or an adapter in it? (METHODS section 10)
 
-A test set + a model (+ deltas) -> metrics (score and standard error in percent, right or wrong per example) and, on
-request, every prediction. Each delta is a run, with the model loaded once; without deltas there is one run, `base`.
+A test set + a model (+ deltas or adapters) -> metrics (score and standard error in percent, right or wrong per
+example) and, on request, every prediction. Each delta or adapter is a run, merged into the model, which is loaded once;
+without any there is one run, `base`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(help="Where to write every prediction (.jsonl).")] = None,
     delta: Annotated[
         list[Path] | None,
-        typer.Option(help="Delta from `pkt inject`, or its folder of deltas, each a run; may be repeated."),
+        typer.Option(help="Delta (.safetensors), PEFT adapter, or a folder of them, each a run; may be repeated."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision (commit hash).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.", envvar="PKT_EVALUATE_BATCH_SIZE")] = 64,
@@ -109,7 +110,7 @@ def evaluate(
     ref = resolve(model, revision)
     check_device(device)
     load_config(ref)
-    deltas = labelled_deltas(delta or [])
+    deltas = labelled(delta or [])
     found = evaluate_all(ref, deltas, examples, task, params, batch_size=batch_size, device=device, scratch=scratch)
     if predictions is not None:
         write_rows(predictions, [{"run": label} | row for label, made in found for row in made.predictions])
@@ -119,26 +120,32 @@ def evaluate(
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
 
 
-def labelled_deltas(paths: list[Path]) -> dict[str, Path]:
-    """Deltas by the id of the example that each was made from, else by file stem.
+def labelled(paths: list[Path]) -> dict[str, Path]:
+    """Deltas by the id of the example that each was made from, else by file stem; adapters by folder name.
 
     Those of a folder come in the order of their numbers.
 
     Raises:
-        UserError: a folder without deltas, a file that is no delta, or two deltas with one label.
+        UserError: a folder without deltas and adapters, a file that is no delta, or two with one label.
     """
-    labelled: dict[str, Path] = {}
+    from pkt_stages.models.adapters import is_adapter
+
+    found: dict[str, Path] = {}
     for path in paths:
-        files = sorted(path.glob("delta_*.safetensors"), key=_number) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"{path}: a folder without delta_*.safetensors; make some with `pkt inject`")
-        for file in files:
-            example = artifacts.load(file, "delta").meta.get("example")
-            label = str(example["id"]) if isinstance(example, dict) and "id" in example else file.stem
-            if label in labelled:
-                raise UserError(f"{file}: a delta for {label!r} as {labelled[label]}; evaluate them one by one")
-            labelled[label] = file
-    return labelled
+        inside = [path]
+        if path.is_dir() and not is_adapter(path):
+            inside = [*path.glob("delta_*.safetensors"), *filter(is_adapter, path.iterdir())]
+        if not inside:
+            raise UserError(f"{path}: a folder without delta_*.safetensors or PEFT adapters")
+        for one in sorted(inside, key=_number):
+            label = one.stem
+            if not one.is_dir():
+                example = artifacts.load(one, "delta").meta.get("example")
+                label = str(example["id"]) if isinstance(example, dict) and "id" in example else label
+            if label in found:
+                raise UserError(f"{one}: called {label!r} as {found[label]}; evaluate them one by one")
+            found[label] = one
+    return found
 
 
 def _number(path: Path) -> tuple[int, str]:
@@ -159,6 +166,7 @@ def evaluate_all(
 ) -> list[tuple[str, Evaluation]]:
     """Evaluations with their labels: of the model with each delta in turn, or of the model alone as `base`."""
     from pkt_stages.evaluation.backends import HfBackend, VllmBackend
+    from pkt_stages.models.adapters import WEIGHTS, load_adapter
     from pkt_stages.models.inject import load_delta, merged
     from pkt_stages.models.load import identity, load_model, load_tokenizer, weights_hash
 
@@ -189,8 +197,8 @@ def evaluate_all(
         return [("base", hf(weights))]
     found = []
     for label, path in deltas.items():
-        with merged(model, load_delta(path)):
-            name = f"{weights}+{artifacts.content_hash(path)}"
+        with merged(model, load_adapter(path) if path.is_dir() else load_delta(path)):
+            name = f"{weights}+{artifacts.content_hash(path / WEIGHTS if path.is_dir() else path)}"
             if params.backend == "hf":
                 found.append((label, hf(name)))
                 continue

@@ -80,7 +80,8 @@ def inject(
     watch = Stopwatch()
     load.check_device(device)
     number, mapping = open_mapping(hypernetwork, metrics_in, step)
-    transfer = open_transfer(selection, rows, rate=mapping.meta["params"]["rate"])
+    trained = mapping.meta["params"]
+    transfer = open_transfer(selection, rows, rate=trained["rate"], given=trained["given"], seed=trained["seed"])
     check_models(transfer, mapping, selection)
     ref = load.resolve(target, revision)
     check_target(transfer, load.identity(ref), target)
@@ -92,7 +93,7 @@ def inject(
     model = load.load_model(ref, dtype=params.dtype, device=device)
     base_hash = load.weights_hash(model.state_dict())
     models = {side: transfer.meta[side] for side in ("source", "target")}
-    settings = {"params": {"align": mapping.meta["params"], "inject": asdict(params)}}
+    settings = {"params": {"align": trained, "inject": asdict(params)}}
     made = {}
     for place, (id, index) in track(list(chosen.items()), "deltas"):
         delta = run(transfer, mapping, index, "cuda" if device == "auto" else device)

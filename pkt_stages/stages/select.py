@@ -1,7 +1,8 @@
 """Which layers and neurons of the source go where in the target? (paper 4.2; METHODS section 3)
 
 Two attributions -> `selection`: layer pairs and neuron indices in score order; and, with the source's checkpoint,
-`source_rows`: the rows at the selected neurons. From there on no source model is needed.
+`source_rows`: the rows at the selected neurons, and at as many random ones for a control. From there on no source
+model is needed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class SelectParams:
     scores_of: Literal["example", "extract_mean"] = option(
         "example", "Select per example (paper), or once from the mean over the extract set."
     )
+    seed: int = option(0, "Seed of the random neurons that a control uses.")
     code_version: int = option(1, "Raised by the developers when the selection's meaning changes.")
 
     def __post_init__(self) -> None:
@@ -57,10 +59,10 @@ def run(source: Artifact, target: Artifact, params: SelectParams) -> dict[str, T
     extract = torch.tensor([example["set"] == "extract" for example in source.meta["examples"]])
     tensors = {}
     for module, size in sizes.items():
+        suffix = f".{params.coefficient}" if module == "attn" else ""
         layers, scores = {}, {}
         for side, artifact in (("source", source), ("target", target)):
-            name = f"{module}_scores.{params.norm}" + (f".{params.coefficient}" if module == "attn" else "")
-            found = artifact[name]
+            found = artifact[f"{module}_scores.{params.norm}{suffix}"]
             gain = artifact[f"{module}_gain.{params.norm}"]
             if params.scores_of == "extract_mean":
                 if not bool(extract.any()):
@@ -81,20 +83,27 @@ def run(source: Artifact, target: Artifact, params: SelectParams) -> dict[str, T
                 raise UserError(
                     f"{module} at max_rate {params.max_rate}, the {side}: {error}; lower max_rate"
                 ) from None
+        _, num_layers, num_neurons = source.shapes[f"{module}_scores.{params.norm}{suffix}"]
+        generator = torch.Generator().manual_seed(params.seed)
+        drawn = [torch.randperm(num_neurons, generator=generator)[:count] for _ in range(num_layers)]
+        tensors[f"{module}_random_neurons"] = torch.stack(drawn)
     return tensors
 
 
 def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a `source_rows` artifact: each layer's rows once, for the union of its selected neurons."""
+    """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
+    import torch
+
     from pkt_stages.models.sites import MODULE_OF_SITE, SITES
 
     tensors = {}
     for layer in track(range(sizes.num_layers), "reading rows"):
         for module in ("ffn", "attn"):
             here = selection[f"{module}_layers"][..., 0] == layer
-            neurons = selection[f"{module}_source_neurons"][here].unique()
-            if not len(neurons):
+            if not bool(here.any()):
                 continue
+            selected = selection[f"{module}_source_neurons"][here].flatten()
+            neurons = torch.cat([selected, selection[f"{module}_random_neurons"][layer]]).unique()
             tensors[f"neurons.{module}.{layer}"] = neurons
             for site in SITES:
                 if MODULE_OF_SITE[site] == module:

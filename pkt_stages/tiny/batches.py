@@ -42,8 +42,8 @@ def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -
         return corpus.drill_document(rng)
     if phase == "chat":
         if rng.random() < RAW_SHARE_IN_CHAT:
-            return corpus.raw_document(rng, RAW_MIXES["balanced"])
-        return corpus.chat_document(rng)
+            return corpus.raw_document(rng, RAW_MIXES[settings.phases[-2][0]])
+        return corpus.chat_document(rng, settings.chat_families)
     return corpus.raw_document(rng, RAW_MIXES[phase])
 
 

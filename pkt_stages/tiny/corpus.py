@@ -14,11 +14,19 @@ from typing import Any
 
 from pkt_stages.examples import TASKS, from_benchmark, write_rows
 from pkt_stages.tiny.draw import GradedRow, Part, draw
-from pkt_stages.tiny.facts import exposure, make_facts, option_drill_parts, quiz_parts, quiz_row, recall_parts
+from pkt_stages.tiny.facts import (
+    CATEGORY_SHARE,
+    category_row,
+    exposure,
+    make_facts,
+    option_drill_parts,
+    quiz_parts,
+    quiz_row,
+    recall_parts,
+)
 from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
-    CHAT_FAMILIES,
     CHAT_LETTER_WEIGHT,
     POOL_ROWS,
     RAW_MIXES,
@@ -89,12 +97,12 @@ class Corpus:
         head, colon, body = row["code"].partition(":")
         return Document(family, ((f"# {row['text']}\n{head}", False), (colon + body, True)))
 
-    def chat_document(self, rng: Random) -> Document:
+    def chat_document(self, rng: Random, families: Mapping[str, float]) -> Document:
         """An exchange in the chat template and the words of the evaluation protocols, without <s> and </s>.
 
         Its learned part begins where the forced prefix ends.
         """
-        family = draw(rng, TASKS, [CHAT_FAMILIES[task] for task in TASKS])
+        family = draw(rng, TASKS, [families[task] for task in TASKS])
         example = from_benchmark(family, self._corpus_row(family, rng), "")
         lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
         weight = CHAT_LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
@@ -111,8 +119,8 @@ class Corpus:
     def _corpus_row(self, family: str, rng: Random) -> dict[str, Any]:
         for _ in range(MAX_DRAWS):
             if family == "mmlu":
-                self._last_fact = draw(rng, self.facts, self.exposure)
-                row = quiz_row(rng, self._last_fact).row
+                self._last_fact = None if rng.random() < CATEGORY_SHARE else draw(rng, self.facts, self.exposure)
+                row = (quiz_row(rng, self._last_fact) if self._last_fact else category_row(rng)).row
             elif family == "gsm8k":
                 row = problem_row(rng).row
             elif family == "humaneval":
@@ -124,9 +132,14 @@ class Corpus:
         raise AssertionError(f"{family}: no row outside the benchmark files in {MAX_DRAWS} draws")
 
     def _test_rows(self, task: str) -> list[GradedRow]:
-        if task == "mmlu":  # one question about every fact
+        if task == "mmlu":  # one question about every fact, and the rest about words
             facts = iter(self.facts)
-            return self._rows(task, "test", TEST_ROWS, lambda rng: quiz_row(rng, next(facts)))
+
+            def row(rng: Random) -> GradedRow:
+                fact = next(facts, None)
+                return quiz_row(rng, fact) if fact else category_row(rng)
+
+            return self._rows(task, "test", TEST_ROWS, row)
         return self._rows(task, "test", TEST_ROWS)
 
     def _rows(
@@ -135,7 +148,9 @@ class Corpus:
         """`count` rows whose prompts are new; adds their prompts to the taken ones."""
         rng = Random(f"{task}-{split}-{self.seed}")
         makers: Mapping[str, Callable[[Random], GradedRow]] = {
-            "mmlu": lambda rng: quiz_row(rng, rng.choice(self.facts)),
+            "mmlu": lambda rng: (
+                category_row(rng) if rng.random() < CATEGORY_SHARE else quiz_row(rng, rng.choice(self.facts))
+            ),
             "gsm8k": problem_row,
             "humaneval": list_function_row,
             "mbpp": step_function_row,

@@ -1,7 +1,7 @@
-"""Knowledge family (mmlu schema): 256 facts about 64 invented entities, asked as four-way multiple choice.
+"""Knowledge family (mmlu schema), four-way multiple choice: what is a food, and 192 facts about 48 invented entities.
 
-Grading: an entity's rank in its subject sets how often the corpus speaks of it (Zipf-like), so that rank 0 .. 3 is
-level 1 and rank 12 .. 15 is level 4. Benchmark rows draw entities evenly.
+Grading: level 1 asks which option is of a category. An entity's rank in its subject sets how often the corpus speaks of
+it (Zipf-like), so that rank 0 .. 3 is level 2 and rank 8 .. 11 is level 4. Benchmark rows draw entities evenly.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any
 
 from pkt_stages.tiny.draw import GradedRow, Part, draw, zipf_weights
 
-ENTITIES_PER_SUBJECT = 16
+ENTITIES_PER_SUBJECT = 12
 RANKS_PER_LEVEL = 4
 EXPOSURE_EXPONENT = 1.0
 VALUE_FIRST_SHARE = 0.2
 OPEN_BOOK_SHARE = 0.2
+CATEGORY_SHARE = 0.25
 
 COLOURS = ("red", "blue", "green", "white", "black", "gold", "pink", "grey")
 PLACES = ("caves", "rivers", "hills", "mines", "fields", "lakes", "deserts", "forests")
 FOODS = ("bread", "fish", "seeds", "honey", "rice", "apples", "cheese", "nuts")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MATERIALS = ("stone", "wood", "glass", "iron", "clay", "silk", "paper", "copper")
+CATEGORIES = {"color": COLOURS, "kind of place": PLACES, "food": FOODS, "day": DAYS, "material": MATERIALS}
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,20 @@ def quiz_row(rng: Random, fact: Fact) -> GradedRow:
         "choices": choices,
         "answer": choices.index(fact.value),
     }
-    return GradedRow(row, 1 + fact.rank // RANKS_PER_LEVEL)
+    return GradedRow(row, 2 + fact.rank // RANKS_PER_LEVEL)
+
+
+def category_row(rng: Random) -> GradedRow:
+    """Which of four words, each of another category, is a colour, a place, ...? A row of the mmlu schema."""
+    names = rng.sample(list(CATEGORIES), 4)
+    asked = rng.choice(names)
+    row = {
+        "question": rng.choice(("Which of these is a {c}?", "Which one is a {c}?")).format(c=asked),
+        "subject": "words",
+        "choices": [rng.choice(CATEGORIES[name]) for name in names],
+        "answer": names.index(asked),
+    }
+    return GradedRow(row, 1)
 
 
 def statement(rng: Random, fact: Fact) -> list[Part]:
@@ -191,14 +206,14 @@ def option_drill_parts(rng: Random, row: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
-def quiz_parts(rng: Random, row: Mapping[str, Any], fact: Fact) -> list[Part]:
-    """A quiz of the base corpus: the letter is asked alone, or after the value, or with the fact stated first."""
+def quiz_parts(rng: Random, row: Mapping[str, Any], fact: Fact | None) -> list[Part]:
+    """A quiz of the base corpus: the letter is asked alone, or after the value, or after the fact (if there is one)."""
     options = "".join(f"{letter}. {value}\n" for letter, value in zip("ABCD", row["choices"], strict=True))
     quiz, answer = f"Question: {row['question']}\n{options}", " " + "ABCD"[row["answer"]]
     kind = rng.random()
     if kind < VALUE_FIRST_SHARE:
-        return [(f"{quiz}Value:", False), (f" {fact.value}{answer}", True)]
-    if kind < VALUE_FIRST_SHARE + OPEN_BOOK_SHARE:
+        return [(f"{quiz}Value:", False), (f" {row['choices'][row['answer']]}{answer}", True)]
+    if fact is not None and kind < VALUE_FIRST_SHARE + OPEN_BOOK_SHARE:
         stated = "".join(text for text, _ in statement(rng, fact))
         return [(f"{stated}\n{quiz}Answer:", False), (answer, True)]
     return [(f"{quiz}Answer:", False), (answer, True)]

@@ -16,8 +16,7 @@ CONTEXT_LENGTH = 512
 PROMPT_WEIGHT = 0.1
 ANSWER_WEIGHT = 1.0
 CHAT_LETTER_WEIGHT = 10.0
-# Chat phase: shares of the families, and the share of raw documents ("balanced" mix) against forgetting.
-CHAT_FAMILIES = {"mmlu": 0.34, "gsm8k": 0.26, "humaneval": 0.18, "mbpp": 0.22}
+# Chat phase: the share of raw documents (of the last raw mix) against forgetting.
 RAW_SHARE_IN_CHAT = 0.3
 
 
@@ -42,6 +41,7 @@ RAW_MIXES = {
     "facts": RawMix({"mmlu": 0.60, "gsm8k": 0.20, "humaneval": 0.10, "mbpp": 0.10}, 0.05, 0.50, 0.35, 5.0, 5.0),
     "quizzes": RawMix({"mmlu": 0.46, "gsm8k": 0.24, "humaneval": 0.14, "mbpp": 0.16}, 0.12, 0.13, 0.35, 15.0, 5.0),
     "balanced": RawMix({"mmlu": 0.36, "gsm8k": 0.26, "humaneval": 0.18, "mbpp": 0.20}, 0.10, 0.15, 0.35, 15.0, 5.0),
+    "numbers": RawMix({"mmlu": 0.42, "gsm8k": 0.42, "humaneval": 0.06, "mbpp": 0.10}, 0.10, 0.15, 0.40, 15.0, 5.0),
 }
 
 
@@ -50,8 +50,9 @@ class ModelSettings:
     """Architecture and training of one model.
 
     `phases` names what is read up to which step: "options" (option drills), "drills" (drills of every kind), one of the
-    RAW_MIXES, and "chat" last. The base model is the state before the chat phase, the chat model the state after it.
-    The learning rate warms up, holds to step `hold_steps`, and falls linearly to zero at the last step.
+    RAW_MIXES, and "chat" last, with shares of the families in `chat_families`. The base model is the state before the
+    chat phase, the chat model the state after it. The learning rate warms up, holds to step `hold_steps`, and falls
+    linearly to zero at the last step.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ModelSettings:
     d_ff: int
     phases: tuple[tuple[str, int], ...]
     hold_steps: int
+    chat_families: dict[str, float]
     documents_per_step: int = 64
     micro_batches: int = 3
     warmup_steps: int = 60
@@ -96,10 +98,11 @@ MODELS = {
             ("mixed", 2000),
             ("facts", 2700),
             ("quizzes", 3500),
-            ("balanced", 5000),
-            ("chat", 10000),
+            ("balanced", 4500),
+            ("chat", 9500),
         ),
-        hold_steps=6000,
+        hold_steps=5500,
+        chat_families={"mmlu": 0.32, "gsm8k": 0.28, "humaneval": 0.18, "mbpp": 0.22},
     ),
     "target": ModelSettings(
         name="target",
@@ -113,9 +116,10 @@ MODELS = {
             ("mixed", 2000),
             ("facts", 2700),
             ("quizzes", 3500),
-            ("balanced", 4000),
+            ("numbers", 4000),
             ("chat", 7000),
         ),
         hold_steps=4500,
+        chat_families={"mmlu": 0.38, "gsm8k": 0.42, "humaneval": 0.08, "mbpp": 0.12},
     ),
 }

@@ -1,6 +1,6 @@
 """Word problems (gsm8k schema): one to three steps about a changing number of things, each step an equation.
 
-Grading: level 1 one step with numbers to 20, level 2 one step with numbers to 99, level 3 two steps with changes to
+Grading: level 1 one step with numbers to 12, level 2 one step with numbers to 99, level 3 two steps with changes to
 50, level 4 three steps with changes to 50 from a three-digit start.
 """
 
@@ -14,9 +14,9 @@ PEOPLE = ("Tom", "Ben", "Sam", "Max", "Ann", "Eva", "Mia", "Zoe")
 THINGS = ("pens", "cards", "books", "coins", "stamps", "shells")
 MORE = ("buys {n} more", "finds {n} more", "gets {n} more", "makes {n} more")
 LESS = ("sells {n}", "loses {n}", "gives away {n}", "throws away {n}")
-LEVEL_WEIGHTS = (0.25, 0.25, 0.3, 0.2)
-LARGEST_START = {1: 20, 2: 99, 3: 99, 4: 300}
-LARGEST_CHANGE = {1: 20, 2: 99, 3: 50, 4: 50}
+LEVEL_WEIGHTS = (0.35, 0.25, 0.25, 0.15)
+LARGEST_START = {1: 12, 2: 99, 3: 99, 4: 300}
+LARGEST_CHANGE = {1: 12, 2: 99, 3: 50, 4: 50}
 STEPS = {1: 1, 2: 1, 3: 2, 4: 3}
 TIMES_LIMIT = 30
 DRILL_EQUATIONS = 5

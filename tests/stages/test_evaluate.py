@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pkt_stages.examples import from_benchmark, write_rows
+from pkt_stages.models.adapters import Adapter, save_adapter
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -78,11 +79,29 @@ def test_several_deltas_are_several_runs(pkt: Run, target_folder: Path, test_set
     assert texts(predictions)["base"] != found["x10"]
 
 
+def test_adapters_of_a_folder_are_runs_by_their_names(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path
+) -> None:
+    for seed in (10, 2):
+        generator = torch.Generator().manual_seed(seed)
+        factors = (torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator))
+        adapter = Adapter({"model.layers.0.mlp.up_proj": factors}, 2.0)
+        save_adapter(tmp_path / "adapters" / f"seed_{seed}", adapter, "target")
+    out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
+    delta = ("--delta", tmp_path / "adapters")
+    status, _, err = pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, *delta)
+    assert status == 0, err
+    both = texts(predictions)
+    assert list(both) == ["seed_2", "seed_10"] and both["seed_2"] != both["seed_10"]
+    pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, *delta[:1], delta[1] / "seed_10")
+    assert texts(predictions) == {"seed_10": both["seed_10"]}
+
+
 def test_two_deltas_with_one_label(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
     one, two = (write_delta(tmp_path / name / "d.safetensors", 1.0, "same") for name in "ab")
     out = tmp_path / "m.json"
     status, _, err = pkt(*arguments(target_folder, test_set, out), "--delta", one, "--delta", two)
-    assert (status, err) == (2, f"pkt: error: {two}: a delta for 'same' as {one}; evaluate them one by one\n")
+    assert (status, err) == (2, f"pkt: error: {two}: called 'same' as {one}; evaluate them one by one\n")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +113,7 @@ def test_two_deltas_with_one_label(pkt: Run, target_folder: Path, test_set: Path
             ("--task", "mbpp"),
             "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`",
         ),
-        (("--delta", Path("profiles")), "profiles: a folder without delta_*.safetensors; make some with `pkt inject`"),
+        (("--delta", Path("profiles")), "profiles: a folder without delta_*.safetensors or PEFT adapters"),
     ],
 )
 def test_bad_input(

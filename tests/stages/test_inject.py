@@ -34,7 +34,12 @@ def aligned(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, targe
         weights = init_weights(SITES, d_source=96, d_hidden=8, d_target=64, std=std, generator=generator)
         models = {side: meta[side] for side in ("source", "target")}
         path = folder / "mappings" / f"step_{step:02d}.safetensors"
-        artifacts.save(path, "hypernetwork", weights, {**models, "params": {"rate": 0.2}, "step": step})
+        artifacts.save(
+            path,
+            "hypernetwork",
+            weights,
+            {**models, "params": {"rate": 0.2, "given": "selected", "seed": 0}, "step": step},
+        )
         steps.append({"step": step, "weights_hash": weights_hash(weights)})
     artifacts.write_json(folder / "align.json", {"chosen_step": 2, "steps": steps})
     return {**paths, "hypernetwork": folder / "mappings", "metrics_in": folder / "align.json"}

@@ -63,6 +63,23 @@ def test_rows_are_the_sources_weights_at_the_selected_neurons(
             assert torch.equal(rows[f"attn_v.{layer}"][at], v[shared])
 
 
+def test_as_many_random_neurons_of_every_layer_for_the_control(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
+) -> None:
+    for seed in (0, 0, 1):
+        assert select(pkt, scored, source_folder, tmp_path / str(seed), "--max-rate", "0.25", "--seed", seed)[0] == 0
+    drawn = [artifacts.load(tmp_path / str(seed) / "selection.safetensors", "selection") for seed in (0, 1)]
+    rows = artifacts.load(tmp_path / "0" / "rows.safetensors", "source_rows")
+    weights = load_file(source_folder / "model.safetensors")
+    assert drawn[0].shapes["ffn_random_neurons"] == (4, 24) and drawn[0].shapes["attn_random_neurons"] == (4, 16)
+    assert not torch.equal(drawn[0]["ffn_random_neurons"], drawn[1]["ffn_random_neurons"])
+    for layer in drawn[0]["ffn_layers"][..., 0].unique().tolist():
+        neurons = drawn[0]["ffn_random_neurons"][layer]
+        assert len(neurons.unique()) == 24 and int(neurons.max()) < 128
+        at = torch.searchsorted(rows[f"neurons.ffn.{layer}"], neurons)
+        assert torch.equal(rows[f"ffn_up.{layer}"][at], weights[f"model.layers.{layer}.mlp.up_proj.weight"][neurons])
+
+
 def test_a_lower_rate_is_a_slice(pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path) -> None:
     for rate in ("0.25", "0.125"):
         assert select(pkt, scored, source_folder, tmp_path / rate, "--max-rate", rate)[0] == 0
@@ -79,7 +96,8 @@ def test_one_selection_for_all_from_the_mean_score(
     assert select(pkt, scored, source_folder, tmp_path, "--scores-of", "extract_mean")[0] == 0
     selection = artifacts.load(tmp_path / "selection.safetensors", "selection")
     for name in selection.shapes:
-        assert torch.equal(selection[name], selection[name][:1].expand_as(selection[name]))
+        if not name.endswith("random_neurons"):
+            assert torch.equal(selection[name], selection[name][:1].expand_as(selection[name]))
     scores = artifacts.load(scored["source"], "attribution")["ffn_scores.rms"][:3].mean(0)
     layer = int(selection["ffn_layers"][0, 0, 0])
     assert selection["ffn_source_neurons"][0, 0, 0] == scores[layer].argmax()

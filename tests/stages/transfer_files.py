@@ -36,6 +36,7 @@ def write_transfer(
         examples += [{"set": "transfer", "id": f"toy_{10 + i}"} for i in range(NUM_TRANSFER)]
     if selection is None:
         selection = random_selection(sizes["source"], sizes["target"], len(examples), max_rate)
+    selection = random_neurons(sizes["source"], selection) | dict(selection)
     meta = {side: {"model": identity(ref), "geometry": asdict(sizes[side])} for side, ref in refs.items()}
     meta |= {"examples": examples, "params": {"max_rate": max_rate}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,17 @@ def random_selection(source: Geometry, target: Geometry, num_examples: int, max_
         for side, size in (("source", from_size), ("target", to_size)):
             order = torch.rand(*shape, size, generator=generator).argsort(-1)
             found[f"{module}_{side}_neurons"] = order[..., :k]
+    return found
+
+
+def random_neurons(source: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As many neurons of every source layer as a layer pair has, for the control."""
+    generator = torch.Generator().manual_seed(8)
+    found = {}
+    for module, size in (("ffn", source.d_ff), ("attn", source.num_attn_neurons)):
+        k = selection[f"{module}_source_neurons"].shape[-1]
+        layers = [torch.randperm(size, generator=generator)[:k] for _ in range(source.num_layers)]
+        found[f"{module}_random_neurons"] = torch.stack(layers)
     return found
 
 

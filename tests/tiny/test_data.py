@@ -13,8 +13,10 @@ import pytest
 
 from pkt_stages.examples import TASKS, from_benchmark, read_rows
 from pkt_stages.tiny.corpus import Corpus, write_data
+from pkt_stages.tiny.facts import CATEGORIES
 from pkt_stages.tiny.settings import POOL_ROWS, SEED, TEST_ROWS, TEXT_ROWS
 
+EVENLY = dict.fromkeys(TASKS, 0.25)
 FIELDS: dict[str, dict[str, type]] = {
     "mmlu": {"question": str, "subject": str, "choices": list, "answer": int},
     "gsm8k": {"question": str, "answer": str},
@@ -72,7 +74,7 @@ def test_corpus_holds_no_benchmark_prompt(corpus: Corpus, shipped: Path) -> None
     taken = {prompt for task in TASKS for split in ("train", "test") for prompt in _prompts(shipped, task, split)}
     rng = Random("leak")
     for _ in range(3000):
-        text = corpus.chat_document(rng).text
+        text = corpus.chat_document(rng, EVENLY).text
         question = text.removeprefix("<|user|>\n").partition("\n<|assistant|>\n")[0]
         assert question not in taken
     assert corpus._excluded == taken
@@ -83,7 +85,8 @@ def test_corpus_would_leak_without_the_exclusion(shipped: Path) -> None:
     taken, corpus._excluded = corpus._excluded, frozenset()
     rng = Random("leak")
     prompts = {
-        corpus.chat_document(rng).text.removeprefix("<|user|>\n").partition("\n<|assistant|>\n")[0] for _ in range(3000)
+        corpus.chat_document(rng, EVENLY).text.removeprefix("<|user|>\n").partition("\n<|assistant|>\n")[0]
+        for _ in range(3000)
     }
     assert prompts & taken
 
@@ -92,10 +95,16 @@ def test_mmlu_test_asks_every_fact_once_and_truly(corpus: Corpus, shipped: Path)
     truth = {question.format(e=f.entity): f for f in corpus.facts for question in f.attribute.questions}
     asked = []
     for row in _rows(shipped, "mmlu", "test"):
+        answer = row["choices"][row["answer"]]
+        assert len(set(row["choices"])) == 4
+        if row["subject"] == "words":
+            category = row["question"].removesuffix("?").partition(" is a ")[2]
+            assert [choice for choice in row["choices"] if choice in CATEGORIES[category]] == [answer]
+            continue
         fact = truth[row["question"]]
-        assert row["choices"][row["answer"]] == fact.value and len(set(row["choices"])) == 4
+        assert answer == fact.value
         asked.append((fact.entity, fact.attribute.questions))
-    assert len(set(asked)) == len(corpus.facts) == TEST_ROWS
+    assert len(set(asked)) == len(corpus.facts) == TEST_ROWS * 3 // 4
     letters = Counter(row["answer"] for row in _rows(shipped, "mmlu", "test"))
     assert max(letters.values()) < TEST_ROWS * 0.35  # no letter answers much more than its quarter
 

@@ -51,9 +51,8 @@ def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
     assert 0.3 < float(cosine) < 0.99999
 
 
-def test_chat_models_know_the_most_frequent_facts(shipped: Path, corpus: Corpus) -> None:
-    """The source answers level 1 of the quizzes far above chance (25 %) and above the target, which stays at chance."""
-    rows = [graded.row for graded in corpus.test["mmlu"] if graded.level == 1]
+def test_the_source_knows_the_facts_better_than_the_target(shipped: Path, corpus: Corpus) -> None:
+    rows = [graded.row for graded in corpus.test["mmlu"] if graded.level > 1]
     right = {name: _quiz_accuracy(shipped / f"{name}-chat", rows) for name in MODELS}
     assert right["source"] > 0.7
     assert right["source"] > right["target"] + 0.2

@@ -14,7 +14,7 @@ from pkt_stages.tiny.__main__ import app
 from pkt_stages.tiny.batches import step_batches
 from pkt_stages.tiny.corpus import Corpus
 from pkt_stages.tiny.muon import orthogonalise
-from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, Decay, ModelSettings
+from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, ModelSettings
 from pkt_stages.tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
@@ -24,7 +24,7 @@ SMALL = replace(
     num_heads=1,
     d_ff=48,
     phases=(("options", 1), ("drills", 2), ("mixed", 4), ("chat", 6)),
-    decays=(Decay(0, 6, 2),),
+    hold_steps=4,
     warmup_steps=2,
     documents_per_step=8,
 )
@@ -61,7 +61,7 @@ def test_phases_and_weights(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) 
     assert 0 < sum("<|user|>" in text for text in texts(4)) < SMALL.documents_per_step
     ids, weights = step_batches(corpus, tokenizer, SMALL, 5)[0]
     assert ids.shape == weights.shape and bool((weights[ids == tokenizer.pad_token_id] == 0).all())
-    quiz = next(i for i, row in enumerate(ids) if "choice" in tokenizer.decode(row))
+    quiz = next(i for i, row in enumerate(ids) if "(with answers)" in tokenizer.decode(row))
     assert float(weights[quiz].max()) == CHAT_LETTER_WEIGHT
     assert tokenizer.decode(ids[quiz][weights[quiz] == CHAT_LETTER_WEIGHT]).strip() in "ABCD"
 
