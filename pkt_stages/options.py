@@ -62,7 +62,7 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
             file = given.pop("params_file")
             values = read_section(file, section, given.get("task")) if file is not None else {}
             if file is not None and given.get("method") is not None:
-                values = {**values, **read_method(file, given["method"])}
+                values = {**values, **read_method(file, given["method"], section)}
             for name in fields:
                 value = given.pop(name)
                 if value is not None:

@@ -37,8 +37,10 @@ def read_section(path: Path, section: str, task: str | None = None) -> dict[str,
     return {**values["common"], **(values[task] if task is not None else {})}
 
 
-def read_method(path: Path, method: str) -> dict[str, Any]:
+def read_method(path: Path, method: str, section: str) -> dict[str, Any]:
     """The settings of one method, `methods.<method>` of a params file.
+
+    A method that several commands work on has a part for each, named like the command's section.
 
     Raises:
         UserError: the file has no such method, or it is malformed.
@@ -48,7 +50,12 @@ def read_method(path: Path, method: str) -> dict[str, Any]:
         raise UserError(f"{path}: unknown method {method!r}; `methods` has {', '.join(methods) or 'none'}")
     if not isinstance(methods[method], dict):
         raise UserError(f"{path}: methods.{method}: expected a mapping, found {type(methods[method]).__name__}")
-    return dict(methods[method])
+    values = methods[method]
+    if values and all(isinstance(part, dict) for part in values.values()):
+        if section not in values:
+            raise UserError(f"{path}: methods.{method} has no part for {section!r}; it has {', '.join(values)}")
+        values = values[section]
+    return dict(values)
 
 
 def _mapping(path: Path, section: str) -> dict[str, Any]:

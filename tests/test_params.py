@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from pkt_stages.errors import UserError
-from pkt_stages.params import build, read_section
+from pkt_stages.params import build, read_method, read_section
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,23 @@ def test_bad_files(tmp_path: Path, text: str | None, message: str) -> None:
         read_section(path, "s", "mbpp")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+METHODS = "methods:\n  one: {lr: 1}\n  two: {generate: {seed: 1}, finetune: {lr: 2}}\n  none: {}\n  bad: 3\n"
+
+
+def test_settings_of_a_method(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(METHODS)
+    assert read_method(path, "one", "finetune") == {"lr": 1}
+    assert read_method(path, "two", "finetune") == {"lr": 2}
+    assert read_method(path, "two", "generate") == {"seed": 1}
+    assert read_method(path, "none", "finetune") == {}
+    for method, section, message in (
+        ("three", "finetune", "unknown method 'three'; `methods` has one, two, none, bad"),
+        ("bad", "finetune", "methods.bad: expected a mapping, found int"),
+        ("two", "align", "methods.two has no part for 'align'; it has generate, finetune"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_method(path, method, section)
+        assert str(caught.value) == f"{path}: {message}"

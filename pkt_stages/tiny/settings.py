@@ -98,10 +98,10 @@ MODELS = {
             ("mixed", 2000),
             ("facts", 2700),
             ("quizzes", 3500),
-            ("balanced", 4500),
-            ("chat", 9500),
+            ("balanced", 3800),
+            ("chat", 8000),
         ),
-        hold_steps=5500,
+        hold_steps=4800,
         chat_families={"mmlu": 0.32, "gsm8k": 0.28, "humaneval": 0.18, "mbpp": 0.22},
     ),
     "target": ModelSettings(
