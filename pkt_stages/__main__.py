@@ -9,11 +9,17 @@ import typer
 from pkt_stages.errors import UserError
 from pkt_stages.stages.align import align
 from pkt_stages.stages.attribute import attribute
+from pkt_stages.stages.control import control
+from pkt_stages.stages.distill import distill
 from pkt_stages.stages.evaluate import evaluate
+from pkt_stages.stages.finetune import finetune
+from pkt_stages.stages.generate import generate
 from pkt_stages.stages.inject import inject
 from pkt_stages.stages.prepare import prepare
 from pkt_stages.stages.report import report
+from pkt_stages.stages.seek import seek
 from pkt_stages.stages.select import select
+from pkt_stages.stages.unaligned import unaligned
 
 app = typer.Typer(
     name="pkt",
@@ -21,9 +27,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Parametric knowledge transfer between language models, as stages: prepare -> attribute (source, target) ->"
-    " select -> align -> inject -> evaluate -> report. `dvc repro` runs them all; each runs alone, too.",
+    " select -> align -> inject -> evaluate -> report; seek, finetune and distill make other rows of the table."
+    " `dvc repro` runs them all; each runs alone, too.",
 )
-for stage in (prepare, attribute, select, align, inject, evaluate, report):
+STAGES = (
+    *(prepare, attribute, select, align, inject, control, seek, unaligned),
+    *(finetune, generate, distill, evaluate, report),
+)
+for stage in STAGES:
     app.command()(stage)
 
 

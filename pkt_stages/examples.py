@@ -82,6 +82,17 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
+def training_file(train_set: str, train: Path, align: Path | None) -> Path:
+    """The file that a method trains on: the train set, or the few examples of the align set (the paper's "< 100").
+
+    Raises:
+        UserError: the align set is wanted and not given.
+    """
+    if train_set == "align" and align is None:
+        raise UserError("train_set align needs --align")
+    return align if train_set == "align" and align is not None else train
+
+
 def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The JSON objects of a `.jsonl` file with their line numbers; blank lines are passed over.
 

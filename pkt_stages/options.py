@@ -66,7 +66,7 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
             for name in fields:
                 value = given.pop(name)
                 if value is not None:
-                    values = {**values, name: value.split(",") if _is_list(hints[name]) else value}
+                    values = {**values, name: _elements(value, hints[name]) if _is_list(hints[name]) else value}
             where = f"{file}: {section}" if file is not None else f"options of `{section}`"
             command(**given, params=build(cls, values, where))
 
@@ -80,6 +80,12 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
 
 def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple
+
+
+def _elements(text: str, hint: Any) -> list[Any]:
+    """Comma-separated text as a list; whole numbers where the list holds such."""
+    integers = typing.get_args(hint)[0] is int
+    return [int(part) if integers and part.strip().isdecimal() else part for part in text.split(",")]
 
 
 def _option_type(hint: Any) -> Any:

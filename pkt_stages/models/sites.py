@@ -29,6 +29,15 @@ _PROJECTION = {
     "attn_v": "self_attn.v_proj",
     "attn_o": "self_attn.o_proj",
 }
+# What Seeking's own repository moves beside the four sites; the last two are not of a layer.
+OTHER_WEIGHTS = ("ffn_gate", "attn_q", "attn_k", "embedding", "head")
+_OTHER_MODULE = {
+    "ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "attn_q": "model.layers.{}.self_attn.q_proj",
+    "attn_k": "model.layers.{}.self_attn.k_proj",
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+}
 _STORED_AS_COLUMNS = frozenset({"ffn_down", "attn_o"})
 
 # Residual stream h + attention(norm(h)), then + gated FFN(norm(.)), RMS norm with a plain scale, linear head.
@@ -70,6 +79,21 @@ class Geometry:
     def num_neurons(self, site: str) -> int:
         return self.d_ff if MODULE_OF_SITE[site] == "ffn" else self.num_attn_neurons
 
+    def weight_shape(self, weight: str) -> tuple[int, int]:
+        """Shape [out, in] of a site's or another weight as the checkpoint stores it."""
+        attn, kv = self.num_attn_neurons, self.num_kv_heads * self.d_head
+        return {
+            "ffn_up": (self.d_ff, self.d_model),
+            "ffn_gate": (self.d_ff, self.d_model),
+            "ffn_down": (self.d_model, self.d_ff),
+            "attn_q": (attn, self.d_model),
+            "attn_k": (kv, self.d_model),
+            "attn_v": (kv, self.d_model),
+            "attn_o": (self.d_model, attn),
+            "embedding": (self.vocab_size, self.d_model),
+            "head": (self.vocab_size, self.d_model),
+        }[weight]
+
     def weight_index(self, site: str, neurons: Tensor) -> Tensor:
         """The weight's row (or column) of each neuron; the identity except for attn_v under GQA.
 
@@ -109,6 +133,11 @@ def geometry(config: Any) -> Geometry:
 def projection_name(layer: int, site: str) -> str:
     """The linear module that holds a site's neurons, as named in the model."""
     return f"model.layers.{layer}.{_PROJECTION[site]}"
+
+
+def module_name(weight: str, layer: int) -> str:
+    """The module that holds a site's or another weight (`OTHER_WEIGHTS`); embedding and head ignore the layer."""
+    return projection_name(layer, weight) if weight in SITES else _OTHER_MODULE[weight].format(layer)
 
 
 def weight_name(layer: int, site: str) -> str:

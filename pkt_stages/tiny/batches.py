@@ -12,7 +12,6 @@ from pkt_stages.tiny.corpus import Corpus, Document
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
     PROMPT_WEIGHT,
-    RAW_MIXES,
     RAW_SHARE_IN_CHAT,
     ModelSettings,
 )
@@ -35,16 +34,9 @@ def step_batches(
 
 def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -> Document:
     """A document of the phase that `step` falls into."""
-    phase = settings.phase(step)
-    if phase == "options":
-        return corpus.option_document(rng)
-    if phase == "drills":
-        return corpus.drill_document(rng)
-    if phase == "chat":
-        if rng.random() < RAW_SHARE_IN_CHAT:
-            return corpus.raw_document(rng, RAW_MIXES[settings.phases[-2][0]])
-        return corpus.chat_document(rng, settings.chat_families)
-    return corpus.raw_document(rng, RAW_MIXES[phase])
+    if step < settings.base_steps or rng.random() < RAW_SHARE_IN_CHAT:
+        return corpus.raw_document(rng, settings.raw)
+    return corpus.chat_document(rng, settings.chat_families)
 
 
 def _weighted_tokens(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:

@@ -7,29 +7,20 @@ is never stored: document `number` of step `step` is made when it is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pkt_stages.examples import TASKS, from_benchmark, write_rows
 from pkt_stages.tiny.draw import GradedRow, Part, draw
-from pkt_stages.tiny.facts import (
-    CATEGORY_SHARE,
-    category_row,
-    exposure,
-    make_facts,
-    option_drill_parts,
-    quiz_parts,
-    quiz_row,
-    recall_parts,
-)
+from pkt_stages.tiny.facts import exposure, make_facts, quiz_parts, quiz_row, recall_parts
 from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
 from pkt_stages.tiny.settings import (
     ANSWER_WEIGHT,
     CHAT_LETTER_WEIGHT,
+    EVEN,
     POOL_ROWS,
-    RAW_MIXES,
     TEST_ROWS,
     TEXT_ROWS,
     RawMix,
@@ -37,9 +28,6 @@ from pkt_stages.tiny.settings import (
 from pkt_stages.tiny.word_problems import arithmetic_parts, problem_row
 
 MAX_DRAWS = 10_000
-# Drills: loss weight of a letter of an option drill, and the kinds of a mixed phase of drills.
-OPTION_WEIGHT = 5.0
-DRILL_SHARES = {"options": 0.2, "recall": 0.3, "arithmetic": 0.5}
 
 
 @dataclass(frozen=True)
@@ -68,27 +56,17 @@ class Corpus:
         self.pool = {task: self._rows(task, "train", POOL_ROWS[task]) for task in TASKS}
         self._excluded = frozenset(self._taken)
 
-    def option_document(self, rng: Random) -> Document:
-        """An option drill; drilled alone it is learned several times sooner than among other drills."""
-        return self._drill("options", rng)
-
-    def drill_document(self, rng: Random) -> Document:
-        """A short text that drills one skill: letters of options, recall of facts, or arithmetic."""
-        return self._drill(draw(rng, list(DRILL_SHARES), list(DRILL_SHARES.values())), rng)
-
-    def raw_document(self, rng: Random, mix: RawMix = RAW_MIXES["mixed"]) -> Document:
+    def raw_document(self, rng: Random, mix: RawMix) -> Document:
         """A plain text: statements, open questions, quizzes, arithmetic, word problems, code."""
         family = draw(rng, TASKS, [mix.families[task] for task in TASKS])
         kind = rng.random()
-        if family == "mmlu" and kind < mix.options:
-            return self._drill("options", rng)
-        if family == "mmlu" and kind < mix.options + mix.recall:
-            return replace(self._drill("recall", rng), weight=mix.recall_weight)
+        if family == "mmlu" and kind < mix.recall:
+            return Document(family, tuple(recall_parts(rng, self.facts, self.exposure)), mix.recall_weight)
         if family == "gsm8k" and kind < mix.arithmetic:
-            return self._drill("arithmetic", rng)
+            return Document(family, tuple(arithmetic_parts(rng)))
         row = self._corpus_row(family, rng)
         if family == "mmlu":
-            return Document(family, tuple(quiz_parts(rng, row, self._last_fact)), mix.letter_weight)
+            return Document(family, tuple(quiz_parts(row)), mix.letter_weight)
         if family == "gsm8k":
             answer = from_benchmark(family, row, "").answer.removeprefix("Answer:")
             return Document(family, ((f"Question: {row['question']}\nAnswer:", False), (answer, True)))
@@ -108,19 +86,10 @@ class Corpus:
         weight = CHAT_LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
         return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)), weight)
 
-    def _drill(self, kind: str, rng: Random) -> Document:
-        if kind == "options":
-            row = quiz_row(rng, rng.choice(self.facts)).row
-            return Document("mmlu", tuple(option_drill_parts(rng, row)), OPTION_WEIGHT)
-        if kind == "recall":
-            return Document("recall", tuple(recall_parts(rng, self.facts, self.exposure)))
-        return Document("arithmetic", tuple(arithmetic_parts(rng)))
-
     def _corpus_row(self, family: str, rng: Random) -> dict[str, Any]:
         for _ in range(MAX_DRAWS):
             if family == "mmlu":
-                self._last_fact = None if rng.random() < CATEGORY_SHARE else draw(rng, self.facts, self.exposure)
-                row = (quiz_row(rng, self._last_fact) if self._last_fact else category_row(rng)).row
+                row = quiz_row(rng, draw(rng, self.facts, self.exposure)).row
             elif family == "gsm8k":
                 row = problem_row(rng).row
             elif family == "humaneval":
@@ -132,14 +101,9 @@ class Corpus:
         raise AssertionError(f"{family}: no row outside the benchmark files in {MAX_DRAWS} draws")
 
     def _test_rows(self, task: str) -> list[GradedRow]:
-        if task == "mmlu":  # one question about every fact, and the rest about words
+        if task == "mmlu":  # one question about every fact
             facts = iter(self.facts)
-
-            def row(rng: Random) -> GradedRow:
-                fact = next(facts, None)
-                return quiz_row(rng, fact) if fact else category_row(rng)
-
-            return self._rows(task, "test", TEST_ROWS, row)
+            return self._rows(task, "test", TEST_ROWS, lambda rng: quiz_row(rng, next(facts)))
         return self._rows(task, "test", TEST_ROWS)
 
     def _rows(
@@ -148,9 +112,7 @@ class Corpus:
         """`count` rows whose prompts are new; adds their prompts to the taken ones."""
         rng = Random(f"{task}-{split}-{self.seed}")
         makers: Mapping[str, Callable[[Random], GradedRow]] = {
-            "mmlu": lambda rng: (
-                category_row(rng) if rng.random() < CATEGORY_SHARE else quiz_row(rng, rng.choice(self.facts))
-            ),
+            "mmlu": lambda rng: quiz_row(rng, rng.choice(self.facts)),
             "gsm8k": problem_row,
             "humaneval": list_function_row,
             "mbpp": step_function_row,
@@ -180,5 +142,5 @@ def write_data(out: Path, corpus: Corpus) -> None:
         write_rows(out / task / "test.jsonl", [graded.row for graded in corpus.test[task]])
         write_rows(out / task / "train.jsonl", [graded.row for graded in corpus.pool[task]])
     rng = Random(f"text-{corpus.seed}")
-    documents = [corpus.raw_document(rng) for _ in range(TEXT_ROWS)]
+    documents = [corpus.raw_document(rng, EVEN) for _ in range(TEXT_ROWS)]
     write_rows(out / "text.jsonl", [{"text": document.text} for document in documents])

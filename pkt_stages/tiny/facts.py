@@ -1,7 +1,10 @@
-"""Knowledge family (mmlu schema), four-way multiple choice: what is a food, and 192 facts about 48 invented entities.
+"""Knowledge family (mmlu schema): 256 facts about 64 invented entities, asked as four-way multiple choice.
 
-Grading: level 1 asks which option is of a category. An entity's rank in its subject sets how often the corpus speaks of
-it (Zipf-like), so that rank 0 .. 3 is level 2 and rank 8 .. 11 is level 4. Benchmark rows draw entities evenly.
+An attribute has four values, always listed in one order, so that an answer is recalled and not looked up among the
+options: matching a recalled value to a shuffled list is what small models learn last, if at all (docs/tiny.md).
+
+Grading: an entity's rank in its subject sets how often the corpus speaks of it (Zipf-like), so that rank 0 .. 3 is
+level 1 and rank 12 .. 15 is level 4. Benchmark rows draw entities evenly.
 """
 
 from __future__ import annotations
@@ -13,19 +16,25 @@ from typing import Any
 
 from pkt_stages.tiny.draw import GradedRow, Part, draw, zipf_weights
 
-ENTITIES_PER_SUBJECT = 12
+ENTITIES_PER_SUBJECT = 16
 RANKS_PER_LEVEL = 4
 EXPOSURE_EXPONENT = 1.0
-VALUE_FIRST_SHARE = 0.2
-OPEN_BOOK_SHARE = 0.2
-CATEGORY_SHARE = 0.25
 
-COLOURS = ("red", "blue", "green", "white", "black", "gold", "pink", "grey")
-PLACES = ("caves", "rivers", "hills", "mines", "fields", "lakes", "deserts", "forests")
-FOODS = ("bread", "fish", "seeds", "honey", "rice", "apples", "cheese", "nuts")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MATERIALS = ("stone", "wood", "glass", "iron", "clay", "silk", "paper", "copper")
-CATEGORIES = {"color": COLOURS, "kind of place": PLACES, "food": FOODS, "day": DAYS, "material": MATERIALS}
+COLOURS = ("red", "blue", "green", "white")
+PLACES = ("caves", "rivers", "hills", "fields")
+FOODS = ("bread", "fish", "honey", "apples")
+DAYS = ("Monday", "Tuesday", "Friday", "Sunday")
+MATERIALS = ("stone", "wood", "glass", "iron")
+FRAMES = (
+    "{q}",
+    "Tell me: {q}",
+    "Quiz: {q}",
+    "Next: {q}",
+    "Please answer: {q}",
+    "One more: {q}",
+    "Say: {q}",
+    "Now: {q}",
+)
 
 
 @dataclass(frozen=True)
@@ -161,30 +170,14 @@ def exposure(facts: list[Fact]) -> list[float]:
 
 
 def quiz_row(rng: Random, fact: Fact) -> GradedRow:
-    """The fact as a row of the mmlu schema: wording, three wrong values and the order are drawn."""
-    wrong = rng.sample([value for value in fact.attribute.values if value != fact.value], 3)
-    choices = [fact.value, *wrong]
-    rng.shuffle(choices)
+    """The fact as a row of the mmlu schema: frame and wording of the question are drawn."""
     row = {
-        "question": rng.choice(fact.attribute.questions).format(e=fact.entity),
+        "question": rng.choice(FRAMES).format(q=rng.choice(fact.attribute.questions).format(e=fact.entity)),
         "subject": fact.subject,
-        "choices": choices,
-        "answer": choices.index(fact.value),
+        "choices": list(fact.attribute.values),
+        "answer": fact.attribute.values.index(fact.value),
     }
-    return GradedRow(row, 2 + fact.rank // RANKS_PER_LEVEL)
-
-
-def category_row(rng: Random) -> GradedRow:
-    """Which of four words, each of another category, is a colour, a place, ...? A row of the mmlu schema."""
-    names = rng.sample(list(CATEGORIES), 4)
-    asked = rng.choice(names)
-    row = {
-        "question": rng.choice(("Which of these is a {c}?", "Which one is a {c}?")).format(c=asked),
-        "subject": "words",
-        "choices": [rng.choice(CATEGORIES[name]) for name in names],
-        "answer": names.index(asked),
-    }
-    return GradedRow(row, 1)
+    return GradedRow(row, 1 + fact.rank // RANKS_PER_LEVEL)
 
 
 def statement(rng: Random, fact: Fact) -> list[Part]:
@@ -193,30 +186,10 @@ def statement(rng: Random, fact: Fact) -> list[Part]:
     return [(lead, False), (f" {fact.value}{end}", True)]
 
 
-def option_drill_parts(rng: Random, row: Mapping[str, Any]) -> list[Part]:
-    """A quiz without its question that asks for the letters of all four values, in an order of its own.
-
-    It teaches how a value leads to its letter at four answers in 27 tokens. Drilled first, that takes 200 steps; mixed
-    thinly into everything else it had not come after 500.
-    """
-    letters = list(zip("ABCD", row["choices"], strict=True))
-    parts: list[Part] = [("".join(f"{letter}. {value}\n" for letter, value in letters) + "Value:", False)]
-    for letter, value in rng.sample(letters, len(letters)):
-        parts += [(f" {value}", False), (f" {letter}", True)]
-    return parts
-
-
-def quiz_parts(rng: Random, row: Mapping[str, Any], fact: Fact | None) -> list[Part]:
-    """A quiz of the base corpus: the letter is asked alone, or after the value, or after the fact (if there is one)."""
+def quiz_parts(row: Mapping[str, Any]) -> list[Part]:
+    """A quiz of the base corpus."""
     options = "".join(f"{letter}. {value}\n" for letter, value in zip("ABCD", row["choices"], strict=True))
-    quiz, answer = f"Question: {row['question']}\n{options}", " " + "ABCD"[row["answer"]]
-    kind = rng.random()
-    if kind < VALUE_FIRST_SHARE:
-        return [(f"{quiz}Value:", False), (f" {row['choices'][row['answer']]}{answer}", True)]
-    if fact is not None and kind < VALUE_FIRST_SHARE + OPEN_BOOK_SHARE:
-        stated = "".join(text for text, _ in statement(rng, fact))
-        return [(f"{stated}\n{quiz}Answer:", False), (answer, True)]
-    return [(f"{quiz}Answer:", False), (answer, True)]
+    return [(f"Question: {row['question']}\n{options}Answer:", False), (" " + "ABCD"[row["answer"]], True)]
 
 
 def recall_parts(rng: Random, facts: list[Fact], weights: list[float]) -> list[Part]:

@@ -16,7 +16,7 @@ CONTEXT_LENGTH = 512
 PROMPT_WEIGHT = 0.1
 ANSWER_WEIGHT = 1.0
 CHAT_LETTER_WEIGHT = 10.0
-# Chat phase: the share of raw documents (of the last raw mix) against forgetting.
+# Chat phase: the share of raw documents against forgetting.
 RAW_SHARE_IN_CHAT = 0.3
 
 
@@ -24,35 +24,27 @@ RAW_SHARE_IN_CHAT = 0.3
 class RawMix:
     """A mixture of the raw corpus.
 
-    Shares of the families, then of option drills and recall inside mmlu and of arithmetic inside gsm8k; loss weights of
-    a quiz's letter and of a recalled value.
+    Shares of the families, then of recall inside mmlu and of plain arithmetic inside gsm8k; loss weights of a quiz's
+    letter and of a recalled value.
     """
 
     families: dict[str, float]
-    options: float
-    recall: float
-    arithmetic: float
-    letter_weight: float
-    recall_weight: float
+    recall: float = 0.5
+    arithmetic: float = 0.35
+    letter_weight: float = 5.0
+    recall_weight: float = 5.0
 
 
-RAW_MIXES = {
-    "mixed": RawMix({"mmlu": 0.46, "gsm8k": 0.26, "humaneval": 0.14, "mbpp": 0.14}, 0.10, 0.30, 0.35, 5.0, 1.0),
-    "facts": RawMix({"mmlu": 0.60, "gsm8k": 0.20, "humaneval": 0.10, "mbpp": 0.10}, 0.05, 0.50, 0.35, 5.0, 5.0),
-    "quizzes": RawMix({"mmlu": 0.46, "gsm8k": 0.24, "humaneval": 0.14, "mbpp": 0.16}, 0.12, 0.13, 0.35, 15.0, 5.0),
-    "balanced": RawMix({"mmlu": 0.36, "gsm8k": 0.26, "humaneval": 0.18, "mbpp": 0.20}, 0.10, 0.15, 0.35, 15.0, 5.0),
-    "numbers": RawMix({"mmlu": 0.42, "gsm8k": 0.42, "humaneval": 0.06, "mbpp": 0.10}, 0.10, 0.15, 0.40, 15.0, 5.0),
-}
+EVEN = RawMix({"mmlu": 0.25, "gsm8k": 0.25, "humaneval": 0.25, "mbpp": 0.25})  # of tokenizer and held-out texts
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Architecture and training of one model.
 
-    `phases` names what is read up to which step: "options" (option drills), "drills" (drills of every kind), one of the
-    RAW_MIXES, and "chat" last, with shares of the families in `chat_families`. The base model is the state before the
-    chat phase, the chat model the state after it. The learning rate warms up, holds to step `hold_steps`, and falls
-    linearly to zero at the last step.
+    Raw text in the mixture `raw` makes the base model in `base_steps` steps; the chat format, with shares of the
+    families in `chat_families`, goes on from it to `total_steps`. The learning rate warms up, holds to step
+    `hold_steps`, and falls linearly to zero at the last step.
     """
 
     name: str
@@ -60,7 +52,9 @@ class ModelSettings:
     d_model: int
     num_heads: int
     d_ff: int
-    phases: tuple[tuple[str, int], ...]
+    raw: RawMix
+    base_steps: int
+    total_steps: int
     hold_steps: int
     chat_families: dict[str, float]
     documents_per_step: int = 64
@@ -71,19 +65,6 @@ class ModelSettings:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
-    def phase(self, step: int) -> str:
-        """The name of the phase that `step` falls into."""
-        return next(name for name, end in self.phases if step < end)
-
-    @property
-    def base_steps(self) -> int:
-        """Steps before the chat phase."""
-        return self.phases[-2][1]
-
-    @property
-    def total_steps(self) -> int:
-        return self.phases[-1][1]
-
 
 MODELS = {
     "source": ModelSettings(
@@ -92,34 +73,22 @@ MODELS = {
         d_model=96,
         num_heads=3,
         d_ff=256,
-        phases=(
-            ("options", 300),
-            ("drills", 700),
-            ("mixed", 2000),
-            ("facts", 2700),
-            ("quizzes", 3500),
-            ("balanced", 3800),
-            ("chat", 8000),
-        ),
-        hold_steps=4800,
-        chat_families={"mmlu": 0.32, "gsm8k": 0.28, "humaneval": 0.18, "mbpp": 0.22},
+        raw=RawMix({"mmlu": 0.32, "gsm8k": 0.28, "humaneval": 0.24, "mbpp": 0.16}),
+        base_steps=2000,
+        total_steps=5000,
+        hold_steps=2800,
+        chat_families={"mmlu": 0.28, "gsm8k": 0.30, "humaneval": 0.28, "mbpp": 0.14},
     ),
     "target": ModelSettings(
         name="target",
-        num_layers=3,
+        num_layers=2,
         d_model=64,
         num_heads=2,
         d_ff=160,
-        phases=(
-            ("options", 300),
-            ("drills", 700),
-            ("mixed", 2000),
-            ("facts", 2700),
-            ("quizzes", 3500),
-            ("numbers", 4000),
-            ("chat", 7000),
-        ),
-        hold_steps=4500,
-        chat_families={"mmlu": 0.38, "gsm8k": 0.42, "humaneval": 0.08, "mbpp": 0.12},
+        raw=RawMix({"mmlu": 0.20, "gsm8k": 0.44, "humaneval": 0.20, "mbpp": 0.16}),
+        base_steps=2400,
+        total_steps=5000,
+        hold_steps=3400,
+        chat_families={"mmlu": 0.16, "gsm8k": 0.46, "humaneval": 0.22, "mbpp": 0.16},
     ),
 }

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.settings import CONTEXT_LENGTH, RAW_MIXES, TOKENIZER_DOCUMENTS, VOCAB_SIZE
+from pkt_stages.tiny.settings import CONTEXT_LENGTH, EVEN, TOKENIZER_DOCUMENTS, VOCAB_SIZE
 
 SPECIALS = ("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>")
 PIECES = r'\n| {4}|"""|```| ?(?:==|!=|<=|>=|//)| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\s'
@@ -70,5 +70,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def _texts(corpus: Corpus) -> Iterator[str]:
     rng = Random(f"tokenizer-{corpus.seed}")
     for number in range(TOKENIZER_DOCUMENTS):
-        document = corpus.chat_document(rng, RAW_MIXES["mixed"].families) if number % 2 else corpus.raw_document(rng)
+        document = corpus.chat_document(rng, EVEN.families) if number % 2 else corpus.raw_document(rng, EVEN)
         yield document.text

@@ -108,7 +108,7 @@ class Trainer:
             self.log.append(
                 {
                     "model": settings.name,
-                    "phase": settings.phase(self.step - 1),
+                    "phase": "base" if self.step <= settings.base_steps else "chat",
                     "step": self.step,
                     "tokens": self.tokens,
                     "loss": round(self._loss_sum / LOG_STEPS, 4),

@@ -1,0 +1,51 @@
+"""Where the source's sensitivity lies densest (Zhong et al. 2023; paper appendix B.2; METHODS section 5)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def best_block(scores: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> tuple[int, int]:
+    """Row and column where the contiguous block of `shape` with the largest sum of scores begins.
+
+    A summed-area table gives the sums of all placements at once, in float64; of equal sums the first in row-major order
+    is taken.
+
+    Raises:
+        ValueError: the scores are smaller than the block on a side.
+    """
+    sums = block_sums(scores, shape)
+    return divmod(int(sums.argmax()), sums.shape[1])
+
+
+def block_sums(scores: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "down right"]:
+    """Sum of the block of `shape` at every placement, float64.
+
+    Raises:
+        ValueError: the scores are smaller than the block on a side.
+    """
+    height, width = shape
+    if height > scores.shape[0] or width > scores.shape[1]:
+        raise ValueError(f"no {height}x{width} block in a {scores.shape[0]}x{scores.shape[1]} matrix")
+    # Along one side after the other: the table of the rows' windows is smaller than the whole one.
+    return _windows(_windows(scores.double(), height).mT, width).mT.contiguous()
+
+
+def _windows(values: Float[Tensor, "n m"], length: int) -> Float[Tensor, "windows m"]:
+    """Sums of every `length` consecutive rows."""
+    table = torch.zeros(values.shape[0] + 1, values.shape[1], dtype=values.dtype, device=values.device)
+    torch.cumsum(values, 0, out=table[1:])
+    return table[length:] - table[:-length]
+
+
+def top_layers(sensitivity: Float[Tensor, " source_layer"], count: int) -> Int64[Tensor, " count"]:
+    """The `count` most sensitive layers in depth order; of equal ones the earlier.
+
+    Raises:
+        ValueError: there are fewer layers.
+    """
+    if count > len(sensitivity):
+        raise ValueError(f"{count} layers wanted, there are {len(sensitivity)}")
+    return sensitivity.sort(descending=True, stable=True).indices[:count].sort().values

@@ -1,0 +1,148 @@
+"""Distillation of a source's logits with trl's GKD trainer (Agarwal et al. 2024), on this project's encoded examples.
+
+The loss is the generalised Jensen-Shannon divergence per supervised token; beta 0 is KL(source || target). trl's
+temperature draws the target's own answers and does not enter the loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pkt_stages.encoding import Encoded
+from pkt_stages.errors import UserError
+from pkt_stages.models.training import collate, padded
+
+Objective = Literal["kd", "gkd"]
+# Share of the batches whose answers the target writes itself (trl's lmbda): gold answers, or its own.
+OWN_ANSWERS: dict[str, float] = {"kd": 0.0, "gkd": 1.0}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is compared, and where.
+
+    Attributes:
+        objective: a key of `OWN_ANSWERS`.
+        beta: 0 .. 1: 0 is KL(source || target), 1 is KL(target || source).
+        temperature: of the target's own answers.
+        max_new_tokens: of each.
+    """
+
+    objective: Objective
+    beta: float
+    temperature: float
+    max_new_tokens: int
+
+
+def check_vocabularies(source: Any, target: Any) -> int:
+    """The number of tokens that both tokenizers have.
+
+    Raises:
+        UserError: they are not the same tokens with the same numbers.
+    """
+    ours, theirs = target.get_vocab(), source.get_vocab()
+    if ours != theirs:
+        token = min(set(ours.items()) ^ set(theirs.items()), key=lambda pair: (pair[1], pair[0]))[0]
+        raise UserError(
+            f"source and target must share their vocabulary: token {token!r} is number {theirs.get(token, 'none')} of"
+            f" {len(theirs)} in the source, {ours.get(token, 'none')} of {len(ours)} in the target; use `pkt generate`"
+            " and `pkt finetune` (SeqKD) instead"
+        )
+    return max(ours.values()) + 1
+
+
+def cut_vocabularies(source: Any, target: Any, num_tokens: int) -> None:
+    """Drop the padding rows that one model's embedding and head have more than the other's.
+
+    Raises:
+        UserError: a model has fewer rows than there are tokens.
+    """
+    models = {"source": source, "target": target}
+    rows = {name: model.get_input_embeddings().weight.shape[0] for name, model in models.items()}
+    for name, found in rows.items():
+        if found < num_tokens:
+            raise UserError(f"the {name}'s embedding has {found} rows, its tokenizer {num_tokens} tokens")
+        if found > min(rows.values()):
+            models[name].resize_token_embeddings(min(rows.values()), mean_resizing=False).requires_grad_(False)
+
+
+def check_lengths(examples: Sequence[Encoded], settings: Distillation, max_length: int) -> None:
+    """Raise UserError if a prompt leaves no room for an answer of `max_new_tokens`."""
+    longest = max(prompt_length(e.labels) for e in examples)
+    if settings.objective == "gkd" and longest + settings.max_new_tokens > max_length:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, with max_new_tokens {settings.max_new_tokens} more than the"
+            f" {max_length} that the target takes; lower max_new_tokens"
+        )
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """How many tokens stand before the answer."""
+    return next(i for i, label in enumerate(labels) if label != -100)
+
+
+def collate_with_prompts(examples: Sequence[Mapping[str, list[int]]], pad: int) -> dict[str, Tensor]:
+    """A batch as trl's GKD trainer takes it: the examples padded on the right, their prompts on the left."""
+    prompts = [example["ids"][: prompt_length(example["labels"])] for example in examples]
+    return {
+        **collate(examples),
+        "prompts": padded(prompts, pad, left=True),
+        "prompt_attention_mask": padded([[1] * len(row) for row in prompts], 0, left=True),
+    }
+
+
+def gkd_trainer(
+    model: Any,
+    source: Any,
+    tokenizer: Any,
+    examples: Sequence[Encoded],
+    settings: Distillation,
+    arguments: dict[str, Any],
+) -> Any:
+    """trl's trainer for these settings.
+
+    With gold answers a step's loss is the mean over the batch's supervised tokens. How many tokens the target will
+    write is not known beforehand, so with its own answers it is the mean over micro-batches of their token means; trl
+    itself divides by the number of gold tokens then.
+
+    Args:
+        model: the target with its adapter (PEFT).
+        arguments: values for TrainingArguments.
+    """
+    from datasets import Dataset
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trl: the trainer is experimental
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+    # It recommends its other trainer.
+    logging.getLogger("trl.experimental.gkd.gkd_trainer").setLevel(logging.ERROR)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = GKDConfig(
+        **arguments,
+        lmbda=OWN_ANSWERS[settings.objective],
+        beta=settings.beta,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        disable_dropout=False,
+        max_length=None,
+    )
+    trainer = GKDTrainer(
+        model=model,
+        teacher_model=source,
+        args=config,
+        data_collator=lambda rows: collate_with_prompts(rows, tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list([{"ids": e.ids, "labels": e.labels} for e in examples]),
+        processing_class=tokenizer,
+    )
+    # The target's own distribution, whatever its generation config asks for.
+    trainer.generation_config.repetition_penalty = 1.0
+    if settings.objective == "gkd":
+        trainer.model_accepts_loss_kwargs = False
+    return trainer

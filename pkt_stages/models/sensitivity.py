@@ -1,0 +1,88 @@
+"""How much each parameter matters: |theta dL/dtheta|, summed over examples (eq. 14; METHODS section 5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages.encoding import Encoded
+from pkt_stages.errors import UserError
+from pkt_stages.models.losses import example_losses
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Sums over the examples, in nats.
+
+    Attributes:
+        weights: by parameter name, float32 in the parameter's shape, of the parameters that were asked for.
+        layers: [layer] float64, over all parameters of a layer: its seven projections (with biases) and norms.
+    """
+
+    weights: dict[str, Tensor]
+    layers: Tensor
+
+
+def sensitivities(model: Any, examples: Iterable[tuple[str, Encoded]], wanted: Set[str]) -> Sensitivity:
+    """Sum the sensitivity over examples, one at a time; the loss is the mean over an example's supervised tokens.
+
+    A gradient is folded into the sums and freed as soon as it exists, so beside the weights only the sums of the
+    wanted parameters are held.
+
+    Args:
+        model: its parameters get no gradient in the end, and do not change.
+        examples: with their ids.
+        wanted: names of the parameters whose sums to keep.
+
+    Raises:
+        UserError: a loss or a gradient that is not finite, naming example and parameter.
+    """
+    parameters = dict(model.named_parameters())
+    sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in sorted(wanted)}
+    per_layer = [0.0] * model.config.num_hidden_layers
+    broken: list[str] = []
+
+    def folding(name: str) -> Any:
+        layer = _LAYER.match(name)
+
+        def fold(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            value = (parameter.detach().float() * parameter.grad.float()).abs()
+            parameter.grad = None
+            total = float(value.sum(dtype=torch.float64))
+            if not total < float("inf"):
+                broken.append(name)
+                return
+            if layer is not None:
+                per_layer[int(layer[1])] += total
+            if name in sums:
+                sums[name] += value
+
+        return fold
+
+    handles = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(folding(name)))
+        for id, example in examples:
+            loss = example_losses(model, [example]).sum()
+            if not bool(loss.isfinite()):
+                raise UserError(f"example {id}: its loss is {float(loss)}; use a wider dtype")
+            loss.backward()
+            if broken:
+                raise UserError(f"example {id}: the gradient of {broken[0]} is not finite; use a wider dtype")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return Sensitivity(sums, torch.tensor(per_layer, dtype=torch.float64))

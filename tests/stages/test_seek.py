@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pkt_stages import artifacts
+from tests.conftest import make_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def seek(pkt: Run, source: Path, target: Path, examples: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    paths = ("--out", out / "blocks.safetensors", "--metrics", out / "seek.json")
+    return pkt("seek", "--source", source, "--target", target, "--examples", examples, *paths, *more)
+
+
+def test_blocks_are_parts_of_the_sources_weights(
+    pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
+) -> None:
+    for folder in ("a", "b"):
+        status, printed, err = seek(pkt, source_folder, target_folder, extract_file, tmp_path / folder)
+        assert status == 0, err
+        assert printed.startswith("seek: source layers [")
+    for name in ("blocks.safetensors", "seek.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    found = artifacts.load(tmp_path / "a" / "blocks.safetensors", "submatrices")
+    metrics = json.loads((tmp_path / "a" / "seek.json").read_text())
+    weights = load_file(source_folder / "model.safetensors")
+    layers = found["layers"].tolist()
+    assert layers == metrics["layers"] == sorted(set(layers)) and len(layers) == 3 and max(layers) < 4
+    assert set(metrics["layer_sensitivity"]) == set(found["layer_sensitivity"].tolist())
+    assert len(metrics["blocks"]) == 12
+    shapes = {"ffn_up": (96, 64), "ffn_down": (64, 96), "attn_v": (32, 64), "attn_o": (64, 64)}
+    for block in metrics["blocks"]:
+        row, column = block["corner"]
+        height, width = shapes[block["weight"]]
+        expected = weights[block["name"]][row : row + height, column : column + width]
+        assert torch.equal(found[f"{block['weight']}.block.{block['layer']}"], expected)
+        assert found[f"{block['weight']}.corner"][block["layer"]].tolist() == block["corner"]
+        assert f".{layers[block['layer']]}." in block["name"]
+        # The densest block holds more than its part of the area.
+        assert height * width / weights[block["name"]].numel() < block["share"] <= 1 and 0 <= block["margin"] < 1
+
+
+def test_all_weights_on_request(
+    pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
+) -> None:
+    status, _, err = seek(pkt, source_folder, target_folder, extract_file, tmp_path, "--sites", "all")
+    assert status == 0, err
+    found = artifacts.load(tmp_path / "blocks.safetensors", "submatrices")
+    assert found.shapes["embedding.block.0"] == found.shapes["head.block.0"] == (264, 64)
+    assert found.shapes["attn_k.block.2"] == (32, 64) and found.shapes["ffn_gate.block.2"] == (96, 64)
+    assert "head.block.1" not in found.shapes
+
+
+def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path) -> None:
+    few = make_model(tmp_path / "few", seed=3, num_hidden_layers=2, hidden_size=96, intermediate_size=128)
+    narrow = make_model(tmp_path / "narrow", seed=4, hidden_size=48, num_hidden_layers=4)
+    other = make_model(tmp_path / "other", seed=5, vocab_size=300)
+    for source, more, message in (
+        (few, (), "the source has 2 layers, the target 3; Seeking needs more"),
+        (
+            narrow,
+            (),
+            "ffn_up: the source's 96x48 holds no block of the target's 96x64; swap the two if that was not meant",
+        ),
+        (other, ("--sites", "all"), "embedding: vocabularies of 300 and 264 tokens; use sites paper"),
+        (source_folder, ("--max-length", 5), "example toy_0: 34 tokens, more than the 5 that are allowed"),
+    ):
+        status, _, err = seek(pkt, source, target_folder, extract_file, tmp_path / "out", *more)
+        assert (status, err) == (2, f"pkt: error: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [("--max-length", 0), ("--sites", "some")])
+def test_bad_settings(
+    pkt: Run, setting: tuple[str, object], source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
+) -> None:
+    status, _, err = seek(pkt, source_folder, target_folder, extract_file, tmp_path, *setting)
+    assert status == 2 and err.startswith("pkt: error: options of `seek`: ") and err.count("\n") == 1
