@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[2]
 PAIR = "source-chat-target-chat-gsm8k"
 UPSTREAM = {"prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{PAIR}"}
 LATEN = {f"{stage}@laten-{PAIR}" for stage in ("align", "inject", "evaluate_transfer")}
+TARGET = "target-chat-gsm8k"
+# A method of the pair that follows from LaTen, and one that needs the target alone.
+OTHERS = {f"{stage}@control_random_delta-{PAIR}" for stage in ("control", "evaluate_transfer")}
+OTHERS |= {f"{stage}@postpkt_random-{TARGET}" for stage in ("finetune", "evaluate_target")}
 BASELINES = {"evaluate_model@source-chat-gsm8k", "evaluate_model@target-chat-gsm8k"}
 
 
@@ -57,8 +61,10 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def shrink(params: dict[str, Any]) -> None:
     params["task"] = ["gsm8k"]
-    params |= {name: [] for name in params if name.endswith("_methods")}
-    params |= {"aligned_methods": ["laten"], "pair_methods": ["laten"]}
+    params |= {name: [] for name in params if name.endswith("_methods") or name == "seek_sources"}
+    params |= {"aligned_methods": ["laten"], "random_delta_methods": ["control_random_delta"]}
+    params |= {"pair_methods": ["laten", "control_random_delta"], "target_methods": ["postpkt_random"]}
+    params["finetune"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
     params["prepare"]["common"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2, "seed": 0}
     params["select"]["max_rate"] = 0.25
     params["align"]["common"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "init_std": 0.02}
@@ -117,7 +123,7 @@ def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: Pa
 
 
 def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
-    assert ran(dvc(first, "repro")) == LATEN | BASELINES | {"report"}
+    assert ran(dvc(first, "repro")) == LATEN | OTHERS | BASELINES | {"report"}
     assert ran(dvc(first, "repro")) == set()
     assert stale(first) == set()
     table = (first / "results/tiny/report.md").read_text()
@@ -137,9 +143,12 @@ def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
         (lambda p: p["select"].update(layer_rule="block_gain"), {f"select@{PAIR}"}),
         (
             lambda p: p["evaluate"]["gsm8k"].update(max_new_tokens=6),
-            BASELINES | {f"evaluate_transfer@laten-{PAIR}"},
+            BASELINES | {name for name in LATEN | OTHERS if name.startswith("evaluate")},
         ),
         (lambda p: p["evaluate"]["mbpp"].update(max_new_tokens=6), set()),
+        (lambda p: p["methods"]["postpkt_random"].update(lr=1e-4), {f"finetune@postpkt_random-{TARGET}"}),
+        (lambda p: p["methods"]["control_random_delta"].update(seed=1), {f"control@control_random_delta-{PAIR}"}),
+        (lambda p: p["methods"]["kd"].update(lr=1e-4), set()),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_what_follows(
@@ -172,6 +181,21 @@ def test_a_changed_module_reruns_the_stages_whose_result_it_can_change(
         assert stale(first) == expected
     finally:
         path.write_text(before)
+
+
+def test_a_removed_method_leaves_the_table(first: Path) -> None:
+    before = (first / "params.yaml").read_text()
+    try:
+        change(first, lambda p: p.update(target_methods=[]))
+        shutil.rmtree(first / "results/tiny/evaluate/postpkt_random")
+        assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
+        assert ran(dvc(first, "repro")) == {"report"}
+        assert "LoRA, random init" not in (first / "results/tiny/report.md").read_text()
+    finally:
+        (first / "params.yaml").write_text(before)
+    # Listed again, it comes back from the cache.
+    assert ran(dvc(first, "repro")) <= {"report"}
+    assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
 
 
 def test_a_new_task_reruns_nothing_that_exists(first: Path) -> None:
