@@ -33,7 +33,7 @@ def step_batches(
 
 
 def _document(corpus: Corpus, settings: ModelSettings, step: int, rng: Random) -> Document:
-    """A document of the phase that `step` falls into."""
+    """Raw text up to `base_steps`; then exchanges in the chat format, with some raw text among them."""
     if step < settings.base_steps or rng.random() < RAW_SHARE_IN_CHAT:
         return corpus.raw_document(rng, settings.raw)
     return corpus.chat_document(rng, settings.chat_families)

