@@ -36,6 +36,7 @@ TESTS = {"mcnemar": "McNemar", "sign_flip": "sign flip"}
 TITLES = {
     "laten": "LaTen",
     "unaligned_seeking": "Seeking, unaligned",
+    "unaligned_seeking_full": "Seeking, unaligned, whole blocks",
     "postpkt_random": "LoRA, random init",
     "postpkt_pissa": "LoRA, PiSSA init",
     "postpkt_seeking": "LoRA, Seeking init",

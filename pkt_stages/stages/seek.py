@@ -162,7 +162,7 @@ def check_sizes(source: Geometry, target: Geometry, weights: Sequence[str]) -> N
     """Raise UserError unless every weight of the target fits into the source's."""
     if source.num_layers < target.num_layers:
         raise UserError(
-            f"the source has {source.num_layers} layers, the target {target.num_layers}; Seeking needs more"
+            f"the source has {source.num_layers} layers, the target {target.num_layers}; Seeking needs as many"
         )
     for weight in weights:
         large, small = source.weight_shape(weight), target.weight_shape(weight)

@@ -43,6 +43,17 @@ def test_as_a_double_loop(rows: int, columns: int, height: int, width: int, seed
     assert best_block(scores, shape) == slow_best(scores, shape)
 
 
+def test_real_scores_as_a_double_loop() -> None:
+    """Sensitivities span many powers of ten; the table's differences must not blur them."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 30, generator=draw).mul(6).exp()
+    sums = block_sums(scores, (20, 25))
+    for row, column in ((0, 0), (7, 5), (20, 2)):
+        expected = float(scores[row : row + 20, column : column + 25].double().sum())
+        assert sums[row, column].item() == pytest.approx(expected, rel=1e-12)
+    assert best_block(scores, (20, 25)) == slow_best(scores, (20, 25))
+
+
 def test_a_block_larger_than_the_matrix() -> None:
     with pytest.raises(ValueError, match="no 2x4 block in a 2x3 matrix"):
         best_block(torch.ones(2, 3), (2, 4))

@@ -13,6 +13,7 @@ from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.load import load_model, resolve, weights_hash
 from pkt_stages.models.sensitivity import Sensitivity, sensitivities
+from tests.conftest import make_model
 
 WEIGHTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", *(f"self_attn.{x}_proj" for x in "qkvo"))
 
@@ -85,7 +86,7 @@ def test_as_a_plain_float64_backward(target_folder: Path) -> None:
         total += (double.get_parameter(name) * double.get_parameter(name).grad).abs().detach()
         for layer in range(3):
             parameters = double.model.layers[layer].parameters()
-            layers[layer] += sum(float((p * p.grad).abs().sum()) for p in parameters)
+            layers[layer] += sum(float((p * p.grad).abs().sum().detach()) for p in parameters)
     torch.testing.assert_close(made.weights[name].double(), total, rtol=1e-4, atol=1e-9)
     assert made.layers.tolist() == pytest.approx(layers.tolist(), rel=1e-5)
 
@@ -97,3 +98,34 @@ def test_a_gradient_that_is_not_finite(target_folder: Path) -> None:
     with pytest.raises(UserError, match=r"example e: its loss is (nan|inf); use a wider dtype"):
         sensitivities(model, [("e", Encoded([0, 70, 5, 1], [-100, 70, 5, 1]))], set())
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not(target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(resolve(str(target_folder)))
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def loss_with_a_root_of_zero(model: torch.nn.Module, examples: list[Encoded]) -> torch.Tensor:
+        return (model.get_parameter(name).square().sum() * 0).sqrt()[None]
+
+    monkeypatch.setattr("pkt_stages.models.sensitivity.example_losses", loss_with_a_root_of_zero)
+    with pytest.raises(UserError, match=rf"^example e: the gradient of {name} is not finite; use a wider dtype$"):
+        sensitivities(model, [("e", Encoded([0, 70, 5, 1], [-100, 70, 5, 1]))], {name})
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_tied_embeddings_count_both_uses(tmp_path: Path) -> None:
+    """|theta * (gradient as embedding + gradient as head)|, not the sum of two absolute values."""
+    folder = make_model(tmp_path / "tied", seed=6, tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    example = Encoded([0, 70, 80, 90, 1], [-100, -100, 80, 90, 1])
+    model = load_model(resolve(str(folder)), dtype="float32")
+    assert model.lm_head.weight is model.get_parameter(name)
+    made = sensitivities(model, [("e", example)], {name})
+    double = load_model(resolve(str(folder))).double().requires_grad_(True)
+    logits = double(torch.tensor([example.ids])).logits[0]
+    torch.nn.functional.cross_entropy(logits[1:-1], torch.tensor(example.labels[2:])).backward()
+    weight = double.get_parameter(name)
+    assert weight.grad is not None
+    expected = (weight * weight.grad).abs().detach()
+    # By norm: where the two uses nearly cancel, a single float32 entry keeps few digits.
+    assert ((made.weights[name].double() - expected).norm() / expected.norm()).item() < 1e-5

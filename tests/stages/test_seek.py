@@ -63,7 +63,7 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, extract_f
     narrow = make_model(tmp_path / "narrow", seed=4, hidden_size=48, num_hidden_layers=4)
     other = make_model(tmp_path / "other", seed=5, vocab_size=300)
     for source, more, message in (
-        (few, (), "the source has 2 layers, the target 3; Seeking needs more"),
+        (few, (), "the source has 2 layers, the target 3; Seeking needs as many"),
         (
             narrow,
             (),

@@ -99,6 +99,67 @@ def test_a_cell_by_hand(pkt: Run, source_folder: Path, target_folder: Path, tmp_
         torch.testing.assert_close(made["ffn_down"].rows[place].double(), down.T[best] @ matrix, rtol=0, atol=1e-6)
 
 
+def test_attention_and_pca_by_hand(pkt: Run, source_folder: Path, target_folder: Path, tmp_path: Path) -> None:
+    """Under grouped-query attention on both sides; rows are projected as they are, so their mean stays."""
+    choice = ("--approach", "grid", "--layers", "bottom", "--width", "pca", "--neurons", "importance")
+    assert unaligned(pkt, target_folder, tmp_path / "out", "--source", source_folder, *choice)[0] == 0
+    made = load_delta(tmp_path / "out" / "delta_0.safetensors")
+    source = load_file(source_folder / "model.safetensors")
+    # 4 heads of width 24 over 2 key/value heads in the source; 4 of width 16 over 2 in the target.
+    v_row = [j // 24 // 2 * 24 + j % 24 for j in range(96)]
+    for layer in range(3):
+        v, o = (source[f"model.layers.{layer}.self_attn.{x}_proj.weight"].double() for x in "vo")
+        v, o = v[v_row], o.T
+        weight = v.abs().mean(1) + o.abs().mean(1)
+        best = torch.tensor(sorted(range(96), key=lambda n: (-weight[n].item(), n))[:64])
+        first_of_its_v_row = [j for j in range(64) if j // 16 % 2 == 0]
+        for site, rows, taken in (("attn_v", v, best[first_of_its_v_row]), ("attn_o", o, best)):
+            covariance = torch.cov(rows.T)
+            directions = torch.linalg.eigh(covariance).eigenvectors[:, -64:]
+            found, expected = made[site].rows[layer].double(), rows[taken] @ directions
+            # The signs of directions are arbitrary, inner products of rows are not.
+            torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-4)
+
+
+def test_every_weight_of_seekings_repository_as_an_adapter(
+    pkt: Run, source_folder: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """Embedding and head too: PEFT adds B A of the block to each, and at full rank that is the block."""
+    from peft import PeftModel
+
+    examples = write_examples(tmp_path / "e.jsonl", ["It is 1."])
+    blocks = tmp_path / "b.safetensors"
+    arguments = ("--examples", examples, "--out", blocks, "--metrics", tmp_path / "b.json", "--sites", "all")
+    assert pkt("seek", "--source", source_folder, "--target", target_folder, *arguments)[0] == 0
+    given = ("--submatrices", blocks, "--rank", 32)
+    status, printed, err = unaligned(pkt, target_folder, tmp_path / "out", *given)
+    assert status == 0, err
+    assert printed.startswith("unaligned: m, rank 32 on 23 weights -> ")
+    before = load_file(target_folder / "model.safetensors")
+    model = PeftModel.from_pretrained(load_model(resolve(str(target_folder))), str(tmp_path / "out" / "low_rank"))
+    after = model.merge_and_unload().state_dict()
+    found = artifacts.load(blocks, "submatrices")
+    for weight, key in (
+        ("embedding", "model.embed_tokens.weight"),
+        ("head", "lm_head.weight"),
+        ("ffn_gate", "model.layers.0.mlp.gate_proj.weight"),
+        ("attn_q", "model.layers.0.self_attn.q_proj.weight"),
+        ("attn_k", "model.layers.0.self_attn.k_proj.weight"),
+        ("attn_v", "model.layers.0.self_attn.v_proj.weight"),
+    ):
+        block = found[f"{weight}.block.0"]
+        u, s, vh = torch.linalg.svd(block.double(), full_matrices=False)
+        expected = block if weight in ("attn_k", "attn_v") else (u[:, :32] * s[:32] @ vh[:32]).float()
+        torch.testing.assert_close(after[key] - before[key], expected, rtol=0, atol=1e-5)
+
+    params = tmp_path / "params.yaml"
+    params.write_text("unaligned: {}\nmethods: {m: {rank: null}}\n")
+    given = ("--submatrices", blocks, "--params", params)
+    status, _, err = unaligned(pkt, target_folder, tmp_path / "whole", *given)
+    message = f"rank none adds the four sites only, {blocks} holds attn_k; give a rank"
+    assert (status, err) == (2, f"pkt: error: {message}\n")
+
+
 def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, blocks: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", seed=9)
     small = make_model(tmp_path / "small", seed=9, num_hidden_layers=2)
@@ -107,6 +168,16 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, blocks: P
     for target, more, message in (
         (target_folder, (), "approach seeking takes --submatrices, and no --source"),
         (target_folder, grid, "approach grid takes --source, and no --submatrices"),
+        (
+            target_folder,
+            ("--submatrices", blocks, "--source", small),
+            "approach seeking takes --submatrices, and no --source",
+        ),
+        (
+            target_folder,
+            (*grid, "--submatrices", blocks, "--source", small),
+            "approach grid takes --source, and no --submatrices",
+        ),
         (other, ("--submatrices", blocks), f"{blocks}: made for another target than other; run `pkt seek` for it"),
         (
             target_folder,
