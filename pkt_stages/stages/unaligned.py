@@ -245,14 +245,16 @@ def unaligned(
         what = f"rank {made.rank} on {len(made.factors)} weights"
     else:
         artifacts.save(out / DELTA, "delta", delta_tensors(made), {**meta, "params": asdict(params)})
-        shutil.rmtree(out / LOW_RANK, ignore_errors=True)
+        if (out / LOW_RANK).exists():
+            shutil.rmtree(out / LOW_RANK)
         what = f"whole matrices at {len(made)} sites"
     watch.summary("unaligned", f"{method}, {what}", out)
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError if `out` holds anything but what this command writes."""
-    others = [path.name for path in out.iterdir() if path.name not in (LOW_RANK, DELTA)] if out.is_dir() else []
+    """Raise UserError if `out` holds anything but what this command writes; hidden files are of killed runs."""
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    others = [name for name in names if name not in (LOW_RANK, DELTA) and not name.startswith(".")]
     if others:
         raise UserError(f"{out}: holds {others[0]}, which is neither adapter nor delta; give a new folder")
     if out.exists() and not out.is_dir():

@@ -35,3 +35,22 @@ def test_signs_do_not_depend_on_the_routine() -> None:
 def test_a_rank_above_a_side() -> None:
     with pytest.raises(ValueError, match="rank 4 of a 3x9 matrix; use 1 to 3"):
         low_rank_factors(torch.ones(3, 9), 4)
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (120, 90)])
+def test_few_of_many_equal_the_whole_decomposition(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    a, b = low_rank_factors(matrix, 4)
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close((b @ a).double(), u[:, :4] * s[:4] @ vh[:4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(a @ a.mT, torch.eye(4), atol=1e-6, rtol=0)
+    again = low_rank_factors(matrix, 4)
+    assert torch.equal(a, again[0]) and torch.equal(b, again[1])
+
+
+def test_a_matrix_of_lower_rank_than_asked_for() -> None:
+    draw = torch.Generator().manual_seed(4)
+    matrix = torch.randn(80, 2, generator=draw) @ torch.randn(2, 70, generator=draw)
+    a, b = low_rank_factors(matrix, 5)
+    torch.testing.assert_close(b @ a, matrix, rtol=0, atol=1e-5)
+    torch.testing.assert_close(a @ a.mT, torch.eye(5), atol=1e-6, rtol=0)
