@@ -9,16 +9,20 @@ import typer
 from pkt_stages.errors import UserError
 from pkt_stages.stages.align import align
 from pkt_stages.stages.attribute import attribute
+from pkt_stages.stages.cka import cka
 from pkt_stages.stages.control import control
+from pkt_stages.stages.deltas import deltas
 from pkt_stages.stages.distill import distill
 from pkt_stages.stages.evaluate import evaluate
 from pkt_stages.stages.finetune import finetune
 from pkt_stages.stages.generate import generate
 from pkt_stages.stages.inject import inject
+from pkt_stages.stages.neurons import neurons
 from pkt_stages.stages.prepare import prepare
 from pkt_stages.stages.report import report
 from pkt_stages.stages.seek import seek
 from pkt_stages.stages.select import select
+from pkt_stages.stages.similarity import similarity
 from pkt_stages.stages.unaligned import unaligned
 
 app = typer.Typer(
@@ -32,7 +36,7 @@ app = typer.Typer(
 )
 STAGES = (
     *(prepare, attribute, select, align, inject, control, seek, unaligned),
-    *(finetune, generate, distill, evaluate, report),
+    *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
 )
 for stage in STAGES:
     app.command()(stage)

@@ -101,6 +101,19 @@ KINDS: dict[str, Kind] = {
             "{weight}.block.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
         },
     ),
+    # Linear CKA between the outputs of a site's projection, every layer of one model with every layer of another.
+    "cka": Kind("pkt cka", {"cka.{site}": _spec("float64", "first_layer", "second_layer")}),
+    # Cosine similarities of a LoRA update by layer: the mean over neuron rows, and of the flattened matrices.
+    "similarity": Kind("pkt similarity", {"{site}.{moment}.{against}": _spec("float64", "layer", "rows_and_flat")}),
+    # Ranges of deltas; the metadata names weights and statistics. The histogram's first and last bin are open.
+    "delta_ranges": Kind(
+        "pkt deltas",
+        {
+            "edges": _spec("float64", "edge"),
+            "statistics": _spec("float64", "weight", "statistic"),
+            "counts": _spec("int64", "weight", "bin"),
+        },
+    ),
     # One two-layer mapping per site.
     "hypernetwork": Kind(
         "pkt align",

@@ -29,6 +29,23 @@ class Checkpoint:
         weight = self.weight(weight_name(layer, site))
         return as_rows(weight, site)[sizes.weight_index(site, neurons)].contiguous()
 
+    def names(self) -> list[str]:
+        """The weights that are there, in alphabetical order.
+
+        Raises:
+            UserError: the checkpoint is not readable safetensors.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if self._files is not None:
+            return sorted(self._files)
+        path = self._single(SINGLE)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return sorted(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
     def weight(self, name: str) -> Tensor:
         """One whole weight.
 
@@ -37,15 +54,19 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = self._file(self._files.get(name, SINGLE) if self._files is not None else SINGLE)
-        if path is None:
-            raise UserError(f"{self._ref.location}: holds no safetensors weights; convert the checkpoint first")
+        path = self._single(self._files.get(name, SINGLE) if self._files is not None else SINGLE)
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: weight {name} cannot be read ({' '.join(str(error).split())})") from None
         return tensor
+
+    def _single(self, name: str) -> Path:
+        path = self._file(name)
+        if path is None:
+            raise UserError(f"{self._ref.location}: holds no safetensors weights; convert the checkpoint first")
+        return path
 
     def _file(self, name: str) -> Path | None:
         if self._ref.is_local:

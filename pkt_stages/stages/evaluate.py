@@ -8,7 +8,6 @@ without any there is one run, `base`.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,7 +19,6 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.encoding import Template
-from pkt_stages.errors import UserError
 from pkt_stages.examples import TASKS, Example, read_examples, write_rows
 from pkt_stages.options import Stopwatch, option, with_params
 
@@ -103,6 +101,7 @@ def evaluate(
     """Score a model on a test set; generated code runs in a sandbox."""
     from pkt_stages.evaluation.engine import check_examples, metrics
     from pkt_stages.models.load import check_device, identity, load_config, resolve
+    from pkt_stages.models.runs import labelled
 
     watch = Stopwatch()
     examples = read_examples(test)[: params.limit]
@@ -120,39 +119,6 @@ def evaluate(
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
 
 
-def labelled(paths: list[Path]) -> dict[str, Path]:
-    """Deltas by the id of the example that each was made from, else by file stem; adapters by folder name.
-
-    Those of a folder come in the order of their numbers.
-
-    Raises:
-        UserError: a folder without deltas and adapters, a file that is no delta, or two with one label.
-    """
-    from pkt_stages.models.adapters import is_adapter
-
-    found: dict[str, Path] = {}
-    for path in paths:
-        inside = [path]
-        if path.is_dir() and not is_adapter(path):
-            inside = [*path.glob("delta_*.safetensors"), *filter(is_adapter, path.iterdir())]
-        if not inside:
-            raise UserError(f"{path}: a folder without delta_*.safetensors or PEFT adapters")
-        for one in sorted(inside, key=_number):
-            label = one.stem
-            if not one.is_dir():
-                example = artifacts.load(one, "delta").meta.get("example")
-                label = str(example["id"]) if isinstance(example, dict) and "id" in example else label
-            if label in found:
-                raise UserError(f"{one}: called {label!r} as {found[label]}; evaluate them one by one")
-            found[label] = one
-    return found
-
-
-def _number(path: Path) -> tuple[int, str]:
-    digits = re.search(r"(\d+)$", path.stem)
-    return (int(digits.group()) if digits else -1, path.name)
-
-
 def evaluate_all(
     ref: ModelRef,
     deltas: Mapping[str, Path],
@@ -166,9 +132,10 @@ def evaluate_all(
 ) -> list[tuple[str, Evaluation]]:
     """Evaluations with their labels: of the model with each delta in turn, or of the model alone as `base`."""
     from pkt_stages.evaluation.backends import HfBackend, VllmBackend
-    from pkt_stages.models.adapters import WEIGHTS, load_adapter
-    from pkt_stages.models.inject import load_delta, merged
+    from pkt_stages.models.adapters import WEIGHTS
+    from pkt_stages.models.inject import merged
     from pkt_stages.models.load import identity, load_model, load_tokenizer, weights_hash
+    from pkt_stages.models.runs import load_run
 
     tokenizer = load_tokenizer(ref)
 
@@ -197,7 +164,7 @@ def evaluate_all(
         return [("base", hf(weights))]
     found = []
     for label, path in deltas.items():
-        with merged(model, load_adapter(path) if path.is_dir() else load_delta(path)):
+        with merged(model, load_run(path)):
             name = f"{weights}+{artifacts.content_hash(path / WEIGHTS if path.is_dir() else path)}"
             if params.backend == "hf":
                 found.append((label, hf(name)))

@@ -60,6 +60,9 @@ def inject(
         str | None, typer.Option(help="Only this transfer example, by id or by number from 0 (default: all).")
     ] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Another step than the chosen one.")] = None,
+    every_step: Annotated[
+        bool, typer.Option("--every-step", help="Deltas of every step, in folders step_01, step_02, ... of --out.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Where to write rounding losses and hashes (JSON).")] = None,
     model_out: Annotated[
         Path | None, typer.Option(help="Folder for the complete merged model; needs one example.")
@@ -79,10 +82,13 @@ def inject(
 
     watch = Stopwatch()
     load.check_device(device)
-    number, mapping = open_mapping(hypernetwork, metrics_in, step)
-    trained = mapping.meta["params"]
+    if every_step and (step is not None or model_out is not None):
+        raise UserError("--every-step goes with neither --step nor --model-out; leave one out")
+    mappings = open_mappings(hypernetwork, metrics_in, step, every_step=every_step)
+    first = next(iter(mappings.values()))
+    trained = first.meta["params"]
     transfer = open_transfer(selection, rows, rate=trained["rate"], given=trained["given"], seed=trained["seed"])
-    check_models(transfer, mapping, selection)
+    check_models(transfer, first, selection)
     ref = load.resolve(target, revision)
     check_target(transfer, load.identity(ref), target)
     chosen = chosen_examples(transfer, example, selection)
@@ -95,8 +101,10 @@ def inject(
     models = {side: transfer.meta[side] for side in ("source", "target")}
     settings = {"params": {"align": trained, "inject": asdict(params)}}
     made = {}
-    for place, (id, index) in track(list(chosen.items()), "deltas"):
-        delta = run(transfer, mapping, index, "cuda" if device == "auto" else device)
+    pairs = [(number, place) for number in mappings for place in chosen]
+    for number, place in track(pairs, "deltas"):
+        id, index = chosen[place]
+        delta = run(transfer, mappings[number], index, "cuda" if device == "auto" else device)
         with merged(model, delta, allow_rounding_loss=allow_rounding_loss) as result:
             facts: dict[str, Any] = {
                 "example": {"id": id, "set": "transfer"},
@@ -111,11 +119,12 @@ def inject(
                 save_model(model, ref, model_out, facts["weights_hash"])
         if result.rounding_loss > ROUNDING_WARN:
             typer.echo(f"warning: {id}: rounding loses {result.rounding_loss:.1%} of the delta's norm", err=True)
-        made[place] = (delta, facts)
-    for place, (delta, facts) in made.items():
-        artifacts.save(out / delta_name(place), "delta", delta_tensors(delta), {**facts, **models, **settings})
-    if example is None:
-        remove_older(out, len(made))
+        made[number, place] = (delta, facts)
+    for (number, place), (delta, facts) in made.items():
+        folder = out / step_name(number) if every_step else out
+        artifacts.save(folder / delta_name(place), "delta", delta_tensors(delta), {**facts, **models, **settings})
+        if example is None:
+            remove_older(folder, len(chosen))
     if report is not None:
         entries = [
             facts | {"delta": {site: value_range(part.rows) for site, part in delta.items()}}
@@ -126,7 +135,8 @@ def inject(
     weights = max(facts["changed_weights"] for _, facts in made.values())
     watch.summary(
         "inject",
-        f"{len(made)} deltas at step {number}, up to {weights:,} weights changed, rounding loss up to {worst:.2%}",
+        f"{len(made)} deltas at step {', '.join(map(str, mappings))}, up to {weights:,} weights changed,"
+        f" rounding loss up to {worst:.2%}",
         out,
     )
 
@@ -134,6 +144,11 @@ def inject(
 def delta_name(place: int) -> str:
     """File name of the delta of a transfer example, numbered from 0 in the selection's order."""
     return f"delta_{place}.safetensors"
+
+
+def step_name(number: int) -> str:
+    """Name of a step's mapping or deltas, without suffix."""
+    return f"step_{number:02d}"
 
 
 def remove_older(out: Path, count: int) -> None:
@@ -144,8 +159,8 @@ def remove_older(out: Path, count: int) -> None:
             path.unlink()
 
 
-def open_mapping(folder: Path, metrics: Path, step: int | None) -> tuple[int, Artifact]:
-    """The chosen (or the given) step and its mapping.
+def open_mappings(folder: Path, metrics: Path, step: int | None, *, every_step: bool) -> dict[int, Artifact]:
+    """The mapping of the chosen (or the given) step, or those of all, by step.
 
     Raises:
         UserError: files that are missing, malformed, or of different runs of `pkt align`.
@@ -154,20 +169,22 @@ def open_mapping(folder: Path, metrics: Path, step: int | None) -> tuple[int, Ar
 
     try:
         found = json.loads(metrics.read_text(encoding="utf-8"))
-        hashes = {entry["step"]: entry["weights_hash"] for entry in found["steps"]}
-        number = int(found["chosen_step"]) if step is None else step
+        hashes = {int(entry["step"]): entry["weights_hash"] for entry in found["steps"]}
+        wanted = int(found["chosen_step"]) if step is None else step
     except FileNotFoundError:
         raise UserError(f"{metrics}: no such file; expected the metrics of `pkt align`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{metrics}: not the metrics of `pkt align` ({reason})") from None
-    if number not in hashes:
-        raise UserError(f"step {number} is not one of the {len(hashes)} steps of {metrics}")
-    path = folder / f"step_{number:02d}.safetensors"
-    mapping = artifacts.load(path, "hypernetwork")
-    if weights_hash(mapping.tensors()) != hashes[number]:
-        raise UserError(f"{path}: not of the same run of `pkt align` as {metrics}")
-    return number, mapping
+    if wanted not in hashes:
+        raise UserError(f"step {wanted} is not one of the {len(hashes)} steps of {metrics}")
+    mappings = {}
+    for number in sorted(hashes) if every_step else [wanted]:
+        path = folder / f"{step_name(number)}.safetensors"
+        mappings[number] = artifacts.load(path, "hypernetwork")
+        if weights_hash(mappings[number].tensors()) != hashes[number]:
+            raise UserError(f"{path}: not of the same run of `pkt align` as {metrics}")
+    return mappings
 
 
 def check_models(transfer: Transfer, mapping: Artifact, selection: Path) -> None:

@@ -119,6 +119,7 @@ def select(
     source: Annotated[str, typer.Option(help="The source's model folder or hub name, to read the rows from.")],
     out: Annotated[Path, typer.Option(help="Where to write layer pairs and neuron indices (.safetensors).")],
     rows_out: Annotated[Path, typer.Option(help="Where to write the source's rows (.safetensors).")],
+    method: Annotated[str | None, typer.Option(help="Entry of `methods` in the params to use.")] = None,
     revision: Annotated[str | None, typer.Option(help="The source's hub revision.")] = None,
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""

@@ -79,6 +79,19 @@ def test_several_deltas_are_several_runs(pkt: Run, target_folder: Path, test_set
     assert texts(predictions)["base"] != found["x10"]
 
 
+def test_deltas_of_every_step_carry_it_in_their_labels(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path
+) -> None:
+    for step in (10, 9):
+        for number in (1, 0):
+            write_delta(tmp_path / "all" / f"step_{step:02d}" / f"delta_{number}.safetensors", 0.1 * step, f"x{number}")
+    out = tmp_path / "m.json"
+    status, _, err = pkt(*arguments(target_folder, test_set, out), "--delta", tmp_path / "all")
+    assert status == 0, err
+    labels = [run["label"] for run in json.loads(out.read_text())["runs"]]
+    assert labels == ["step_09/x0", "step_09/x1", "step_10/x0", "step_10/x1"]
+
+
 def test_adapters_of_a_folder_are_runs_by_their_names(
     pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path
 ) -> None:

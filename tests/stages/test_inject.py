@@ -78,6 +78,19 @@ def test_one_delta_per_transfer_example_at_the_chosen_step(
     assert len({report["base_weights_hash"], *(e["weights_hash"] for e in report["examples"])}) == 3
 
 
+def test_every_step(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
+    status, printed, err = inject(pkt, target_folder, aligned, tmp_path / "all", "--every-step")
+    assert status == 0, err
+    assert printed.startswith("inject: 6 deltas at step 1, 2, 3, up to ")
+    assert inject(pkt, target_folder, aligned, tmp_path / "one", "--step", "3")[0] == 0
+    names = sorted(str(p.relative_to(tmp_path / "all")) for p in (tmp_path / "all").rglob("*.safetensors"))
+    assert names == [f"step_0{step}/delta_{place}.safetensors" for step in (1, 2, 3) for place in (0, 1)]
+    for place in (0, 1):
+        one, every = (tmp_path / "one", tmp_path / "all" / "step_03")
+        name = f"delta_{place}.safetensors"
+        assert (one / name).read_bytes() == (every / name).read_bytes()
+
+
 def test_a_delta_gives_the_recorded_weights_and_comes_out_again(
     pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +163,7 @@ def test_rounding_warns_and_refuses(pkt: Run, aligned: dict[str, Path], target_f
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (("--step", "1", "--every-step"), "--every-step goes with neither --step nor --model-out; leave one out"),
         (("--step", "4"), "step 4 is not one of the 3 steps of {metrics_in}"),
         (("--example", "toy_1"), "{selection}: has no transfer example 'toy_1'; found 0: toy_10, 1: toy_11"),
         (("--model-out", "m"), "--model-out writes one model, {selection} has 2 transfer examples; add --example"),

@@ -1,0 +1,69 @@
+"""What each site's projection puts out for each text, for comparing models (METHODS section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages.models.losses import home
+from pkt_stages.models.sites import SITES, geometry, projection_name
+
+
+def features(model: Any, texts: Sequence[list[int]], *, tokens: str, micro_batch_size: int) -> dict[str, list[Tensor]]:
+    """Outputs of every layer's projection by site: one [sample, d_out] per layer, float32 on the layer's device.
+
+    Texts are padded on the right, where a causal model's positions cannot see it; the padding is left out.
+
+    Args:
+        texts: token ids.
+        tokens: `mean` or `last` gives one sample per text, `all` one per token, in order.
+        micro_batch_size: texts per forward pass.
+    """
+    found: dict[str, list[list[Tensor]]] = {site: [] for site in SITES}
+    for start in range(0, len(texts), micro_batch_size):
+        for site, outputs in _pass(model, texts[start : start + micro_batch_size], tokens).items():
+            found[site].append(outputs)
+    return {site: [torch.cat(parts) for parts in zip(*batches, strict=True)] for site, batches in found.items()}
+
+
+@torch.no_grad()
+def _pass(model: Any, texts: Sequence[list[int]], tokens: str) -> dict[str, list[Tensor]]:
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=home(model))
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=home(model))
+    with _outputs(model, mask.bool(), tokens) as kept:
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return kept
+
+
+@contextmanager
+def _outputs(model: Any, mask: Tensor, tokens: str) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the context each projection's output is reduced as soon as it is there, and only that is kept."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in SITES}
+
+    def reduce(output: Tensor) -> Tensor:
+        inside = mask.to(output.device)
+        if tokens == "all":
+            return output[inside].float()
+        if tokens == "last":
+            return output[torch.arange(len(output), device=output.device), inside.sum(1) - 1].float()
+        weights = inside / inside.sum(1, keepdim=True)
+        return torch.einsum("btd,bt->bd", output.float(), weights)
+
+    def keep(site: str) -> Any:
+        return lambda _module, _inputs, output: kept[site].append(reduce(output))
+
+    handles = [
+        model.get_submodule(projection_name(layer, site)).register_forward_hook(keep(site))
+        for layer in range(geometry(model.config).num_layers)
+        for site in SITES
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
