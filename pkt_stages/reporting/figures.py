@@ -1,0 +1,179 @@
+"""Every figure of the report, from plain numbers to PNG bytes: matplotlib without a display, equal bytes each time.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; what a colour says, a shape or a dash says as well, so
+that the figures read the same in print.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+CLOSE = 5
+SITE_TITLES = {"ffn_up": "up_proj", "ffn_down": "down_proj", "attn_v": "v_proj", "attn_o": "o_proj"}
+
+
+@dataclass
+class Png:
+    """An image that is being drawn; `data` is filled in the end."""
+
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference in points with its interval: `kind` is model, method or control; `marked` if a test supports it."""
+
+    label: str
+    group: str
+    kind: str
+    value: float
+    low: float
+    high: float
+    marked: bool
+
+
+def forest(title: str, intervals: Sequence[Interval]) -> bytes:
+    """Differences to the target with their intervals, one line each; on the right what lies close to zero.
+
+    Filled markers are differences that a test supports.
+    """
+    shapes = {"model": ("s", "black"), "control": ("D", ORANGE), "method": ("o", BLUE)}
+    groups = [interval.group for interval in intervals]
+    # Half a line of space between groups.
+    heights = [-i - 0.5 * len(set(groups[: i + 1])) for i in range(len(groups))]
+    with _png((6.4, 0.9 + 0.26 * (heights[0] - heights[-1] + 1)), 1, 2) as (axes, image):
+        for axis in axes:
+            axis.axvline(0, color=GREY, linewidth=1)
+            axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+            axis.set_axisbelow(True)
+            axis.set_ylim(heights[-1] - 0.7, heights[0] + 0.7)
+            for height, interval in zip(heights, intervals, strict=True):
+                shape, colour = shapes[interval.kind]
+                fill = colour if interval.marked else "white"
+                axis.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.5)
+                axis.plot(interval.value, height, shape, color=colour, markerfacecolor=fill, markersize=5.5)
+        whole, close = axes
+        whole.set_yticks(heights, [interval.label for interval in intervals])
+        close.set_yticks([])
+        close.set_xlim(-CLOSE, CLOSE)
+        close.set_xticks([-CLOSE, 0, CLOSE])
+        whole.set_title(title, fontsize=11)
+        close.set_title(f"within {CLOSE} points", fontsize=9)
+        whole.set_xlabel("points above the target")
+    return image.data
+
+
+def losses(title: str, values: Sequence[float], chosen: int) -> bytes:
+    """Held-out loss against alignment step; `values[0]` is the untouched target's."""
+    with _png((5.0, 3.2), 1, 1) as ((axis,), image):
+        axis.plot(range(len(values)), values, "o-", color=BLUE)
+        axis.plot([chosen], [values[chosen]], "s", markersize=10, fillstyle="none", color=ORANGE)
+        axis.axhline(values[0], linestyle=":", color=GREY, linewidth=1)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("alignment step")
+        axis.set_ylabel("held-out answer loss (nats)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.ticklabel_format(axis="y", useOffset=False)
+    return image.data
+
+
+def score_by_step(title: str, scores: Sequence[Sequence[float]], chosen: int, target: float) -> bytes:
+    """Score after every alignment step, one line per unseen example; the target's score dotted."""
+    steps = range(1, len(scores) + 1)
+    with _png((5.0, 3.2), 1, 1) as ((axis,), image):
+        for run, (line, colour) in zip(zip(*scores, strict=True), _styles(), strict=False):
+            axis.plot(steps, run, line + "o", color=colour, markersize=4, linewidth=1.2)
+        axis.axhline(target, linestyle=":", color="black", linewidth=1.2)
+        axis.axvline(chosen, color=GREY, linewidth=6, alpha=0.25)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("alignment step (grey: chosen on held-out examples)")
+        axis.set_ylabel("test score (%)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return image.data
+
+
+def cka_maps(title: str, maps: Mapping[str, Sequence[Sequence[float]]], first: str, second: str) -> bytes:
+    """Similarity of every pair of layers, one map per site; small maps show their numbers."""
+    some = next(iter(maps.values()))
+    rows, columns = len(some), len(some[0])
+    small = rows * columns <= 64
+    side = 1.9 if small else 2.6
+    with _png((4 * side + 1.2, side * min(1.5, max(0.7, rows / columns)) + 1.1), 1, len(maps)) as (axes, image):
+        for axis, (site, values) in zip(axes, maps.items(), strict=True):
+            drawn = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
+            axis.set_title(SITE_TITLES.get(site, site), fontsize=10)
+            axis.set_xlabel(f"layer of {second}", fontsize=8)
+            for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
+                locator.set_params(integer=True)
+            if small:
+                for y, row in enumerate(values):
+                    for x, value in enumerate(row):
+                        colour = "white" if value < 0.55 else "black"
+                        axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        axes[0].set_ylabel(f"layer of {first}", fontsize=8)
+        axes[0].figure.suptitle(title, fontsize=11)
+        axes[0].figure.colorbar(drawn, ax=axes[-1], fraction=0.06, label="linear CKA")
+    return image.data
+
+
+def similarity_by_layer(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Cosine similarity against layer, one panel per site; `panels[site][what]` are values by layer."""
+    with _png((9.6, 2.9), 1, len(panels)) as (axes, image):
+        for axis, (site, lines) in zip(axes, panels.items(), strict=True):
+            for (what, values), (line, colour), marker in zip(lines.items(), _styles(), "os^Dvx", strict=False):
+                axis.plot(range(len(values)), values, line + marker, color=colour, label=what, markersize=4.5)
+            axis.axhline(0, color=GREY, linewidth=0.8)
+            axis.set_ylim(-1.05, 1.05)
+            axis.set_title(SITE_TITLES.get(site, site), fontsize=10)
+            axis.set_xlabel("layer")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("cosine similarity")
+        axes[0].figure.suptitle(title, fontsize=11)
+        handles, names = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, names, loc="outside lower center", ncol=3, fontsize=8, frameon=False)
+    return image.data
+
+
+def delta_histogram(title: str, edges: Sequence[float], counts: Sequence[int], within: float, beyond: float) -> bytes:
+    """Share of a delta's entries by their signed size on logarithmic axes, with the paper's two marks."""
+    middle = len(edges) // 2
+    smallest = edges[middle]
+    total = sum(counts)
+    with _png((5.0, 3.0), 1, 1) as ((axis,), image):
+        shares = [100 * count / total for count in counts[1:-1]]
+        axis.stairs(shares, edges, fill=True, color=BLUE, alpha=0.85)
+        axis.set_xscale("symlog", linthresh=smallest, linscale=0.3)
+        for size, line in ((within, "--"), (beyond, ":")):
+            for sign in (-1, 1):
+                axis.axvline(sign * size, linestyle=line, color=ORANGE, linewidth=1.2)
+        axis.set_xticks([sign * 10.0**power for sign in (-1, 1) for power in (-7, -5, -3, -1)] + [0])
+        axis.tick_params(labelsize=7)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"entry of the delta (dashed ±{within}, dotted ±{beyond})", fontsize=9)
+        axis.set_ylabel("entries per bin (%)", fontsize=9)
+    return image.data
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    yield from (("-", BLUE), ("--", ORANGE), (":", GREEN), ("-.", PURPLE), ("-", GREY), ("--", "black"))
+
+
+@contextmanager
+def _png(size: tuple[float, float], rows: int, columns: int) -> Iterator[tuple[list[Any], Png]]:
+    """Axes to draw on in a figure of `size` inches, row by row; afterwards the image holds them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure, image = Figure(figsize=size, dpi=180, layout="constrained"), Png()
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axis in axes:
+        axis.tick_params(labelsize=9)
+    yield axes, image
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
+    image.data = stream.getvalue()

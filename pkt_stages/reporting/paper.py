@@ -1,0 +1,136 @@
+"""Our numbers beside the paper's: its claims as paired tests, its tables where the profile has its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from pkt_stages.reporting.table import SEED, Cell, Difference, results, title_of
+
+# Metrics of one pair by row and task; the source's and the target's rows go by these two words.
+Metrics = Mapping[str, Mapping[str, dict[str, Any]]]
+LLAMA = "llama2"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim on one task: the difference of the two rows here, and in the paper (None where it gives no numbers)."""
+
+    difference: Difference
+    paper: float | None
+    says: str
+
+    @property
+    def text(self) -> str:
+        """What the test says of the claim: that no difference is shown is no proof that there is none."""
+        found = {"▲": "higher", "▼": "lower", "": "nothing"}[self.difference.mark]
+        if self.says == "nothing":
+            return "no difference shown" if found == "nothing" else "no: " + found
+        if found == "nothing":
+            return "not shown"
+        return "yes" if found == self.says else "no: " + found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed of two rows, and the verdict by task."""
+
+    text: str
+    verdicts: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row of one of the paper's tables: the pair's name, the method, and by task our cell and the paper's score."""
+
+    pair: str
+    label: str
+    cells: dict[str, tuple[Cell, float]]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One of the paper's tables, as far as the profile has its rows."""
+
+    number: int
+    title: str
+    tasks: list[str]
+    rows: list[PaperRow]
+
+
+def _content() -> dict[str, Any]:
+    return dict(yaml.safe_load(files("pkt_stages.reporting").joinpath("paper.yaml").read_text(encoding="utf-8")))
+
+
+def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Claim]:
+    """The claims (`claims` of the paper, or `controls`) whose two rows are there, each tested on every task.
+
+    p-values are corrected (Holm) over all claims and tasks of the section.
+    """
+    import torch
+
+    from pkt_stages.core.statistics import compare, holm
+
+    content = _content()
+    paper = content["scores"][LLAMA]
+    found: list[tuple[dict[str, Any], dict[str, Difference]]] = []
+    for claim in content[section]:
+        if claim["row"] not in metrics or claim["other"] not in metrics:
+            continue
+        by_task = {}
+        for task in tasks:
+            row, other = (results(metrics[claim[side]][task]) for side in ("row", "other"))
+            made = compare(row, other, torch.Generator().manual_seed(SEED))
+            by_task[task] = Difference(**asdict(made), adjusted_p=made.p_value)
+        found.append((claim, by_task))
+    if not found:
+        return []
+    raw = torch.tensor([d.p_value for _, by_task in found for d in by_task.values()], dtype=torch.float64)
+    adjusted = iter(holm(raw).tolist())
+    return [
+        Claim(
+            claim["text"],
+            {
+                task: Verdict(
+                    replace(difference, adjusted_p=next(adjusted)),
+                    _paper_difference(paper, claim, task),
+                    claim["says"],
+                )
+                for task, difference in by_task.items()
+            },
+        )
+        for claim, by_task in found
+    ]
+
+
+def _paper_difference(paper: Mapping[str, Mapping[str, float]], claim: Mapping[str, str], task: str) -> float | None:
+    scores = [paper.get(claim[side], {}).get(task) for side in ("row", "other")]
+    return None if scores[0] is None or scores[1] is None else scores[0] - scores[1]
+
+
+def tables(cells: Mapping[tuple[str, str], Mapping[str, Mapping[str, Cell]]]) -> list[PaperTable]:
+    """The paper's tables with ours beside, for those of its rows that the profile has.
+
+    Args:
+        cells: by (source, target), row (`source`, `target` or a method) and task.
+    """
+    content = _content()
+    made = []
+    for table in content["tables"]:
+        rows = []
+        for key, methods in table["rows"].items():
+            pair = content["pairs"][key]
+            ours = cells.get((pair["source"], pair["target"]), {})
+            for method in methods:
+                scores = content["scores"][key][method]
+                both = {t: (ours[method][t], scores[t]) for t in table["tasks"] if method in ours and t in ours[method]}
+                if both:
+                    label = {"source": "source", "target": "target"}.get(method) or title_of(method)
+                    rows.append(PaperRow(pair["name"], label, both))
+        if rows:
+            made.append(PaperTable(table["number"], table["title"], table["tasks"], rows))
+    return made
