@@ -217,3 +217,30 @@ def test_plain_data_survives() -> None:
 
     value = [(), frozenset({1}), {"a": {1: b"\x00"}}, range(1, 9, 2), '\ud800\n"\\', -(2**80), 1e300, True, -0.0]
     assert decode(json.loads(encode(value, hash)), lambda of: of) == value
+
+
+def test_children_are_counted_while_threads_come_and_go() -> None:
+    """sandlock's threads end at any time, also between listing a process's threads and reading their children."""
+    import subprocess
+    import threading
+    import time
+
+    from pkt_stages.evaluation.sandbox.worker import _children
+
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            threading.Thread(target=time.sleep, args=(0.0005,)).start()
+            time.sleep(0.0003)
+
+    churner = threading.Thread(target=churn)
+    churner.start()
+    sleeper = subprocess.Popen(["sleep", "30"])
+    try:
+        assert all(sleeper.pid in _children() for _ in range(3000))
+    finally:
+        stop.set()
+        churner.join()
+        sleeper.kill()
+        sleeper.wait()

@@ -27,6 +27,8 @@ TARGET = "target-chat-gsm8k"
 OTHERS = {f"{stage}@control_random_delta-{PAIR}" for stage in ("control", "evaluate_transfer")}
 OTHERS |= {f"{stage}@postpkt_random-{TARGET}" for stage in ("finetune", "evaluate_target")}
 BASELINES = {"evaluate_model@source-chat-gsm8k", "evaluate_model@target-chat-gsm8k"}
+ANALYSIS = {"cka@source-chat-target-chat", f"deltas_transfer@laten-{PAIR}", "neurons@source-chat-gsm8k"}
+ANALYSIS |= {f"cka_transfer@laten-{PAIR}", "neurons@target-chat-gsm8k"}
 
 
 def run(folder: Path, *command: str) -> str:
@@ -60,10 +62,12 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def shrink(params: dict[str, Any]) -> None:
-    params["task"] = ["gsm8k"]
+    params |= {"task": ["gsm8k"], "analysed_task": ["gsm8k"], "sft": []}
     params |= {name: [] for name in params if name.endswith("_methods") or name == "seek_sources"}
     params |= {"aligned_methods": ["laten"], "random_delta_methods": ["control_random_delta"]}
     params |= {"pair_methods": ["laten", "control_random_delta"], "target_methods": ["postpkt_random"]}
+    params |= {"analysed_pair_methods": ["laten"]}
+    params["cka"] |= {"num_texts": 6, "batch_size": 6}
     params["finetune"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
     params["prepare"]["common"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2, "seed": 0}
     params["select"]["max_rate"] = 0.25
@@ -91,6 +95,8 @@ def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
     for split, count in (("train", 20), ("test", 5)):
         rows = [{"question": f"{split} {i}?", "answer": f"One.\n#### {i}"} for i in range(count)]
         write_rows(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
+    texts = [{"text": f"Text {i}: {'abcdef'[i] * (i + 3)}"} for i in range(6)]
+    write_rows(folder / "data/tiny/text.jsonl", texts)
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "git", "config", "user.email", "someone@example.com")
     run(folder, "git", "config", "user.name", "someone")
@@ -123,7 +129,7 @@ def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: Pa
 
 
 def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
-    assert ran(dvc(first, "repro")) == LATEN | OTHERS | BASELINES | {"report"}
+    assert ran(dvc(first, "repro")) == LATEN | OTHERS | BASELINES | ANALYSIS | {"report"}
     assert ran(dvc(first, "repro")) == set()
     assert stale(first) == set()
     table = (first / "results/tiny/report.md").read_text()
@@ -167,7 +173,16 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(
     ("module", "expected"),
     [
         ("core/attribution.py", {"attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k"}),
-        ("core/hypernetwork.py", {f"align@laten-{PAIR}", f"inject@laten-{PAIR}"}),
+        (
+            "core/hypernetwork.py",
+            {
+                f"align@laten-{PAIR}",
+                f"inject@laten-{PAIR}",
+                "cka@source-chat-target-chat",
+                f"cka_transfer@laten-{PAIR}",
+            },
+        ),
+        ("core/similarity.py", ANALYSIS - {"neurons@source-chat-gsm8k", "neurons@target-chat-gsm8k"}),
         ("artifacts.py", set()),
     ],
 )

@@ -123,12 +123,8 @@ class Worker:
     def _end_strays(self) -> None:
         """Kill what outlived its sample: as the subreaper, this process has inherited it."""
         keep = self._checker.process.pid if self._checker else -1
-        tasks = Path("/proc/self/task")
-        while True:
-            children = {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
-            if not children - {keep}:
-                return
-            for pid in children - {keep}:
+        while strays := _children() - {keep}:
+            for pid in strays:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
@@ -154,6 +150,16 @@ class Worker:
             cpu_seconds=int(self._seconds) + 1,
             num_processes=num_processes,
         )
+
+
+def _children() -> set[int]:
+    """The processes that any thread of this one has as children."""
+    while True:
+        try:
+            tasks = Path("/proc/self/task").iterdir()
+            return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread (sandlock has some) ended between the two looks; its children are another's now
 
 
 @functools.cache
