@@ -14,7 +14,7 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pytho
 .PHONY: run test lint tiny
 
 run: .venv/run
-	@dvc repro
+	@python -m pkt_stages.warm dvc repro
 	@cat results/tiny/report.md
 	@echo 'report: artifacts/tiny/report/report.html'
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
+from pkt_stages import warm
 from pkt_stages.errors import UserError
 from pkt_stages.stages.align import align
 from pkt_stages.stages.attribute import attribute
@@ -45,6 +47,8 @@ for stage in STAGES:
 def main() -> None:
     """Entry point: a UserError becomes one line, an interrupt a short word; anything else is a bug with a traceback."""
     try:
+        if warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
+            sys.exit(status)
         app()
     except UserError as error:
         print(f"pkt: error: {error}", file=sys.stderr)
