@@ -132,6 +132,7 @@ def evaluate_model(
     limits: Limits | None = None,
     scratch: Path | None = None,
     num_workers: int | None = None,
+    known: dict[Job, Verdict] | None = None,
 ) -> Evaluation:
     """Ask a model a test set's questions and score the answers (METHODS section 10).
 
@@ -143,6 +144,7 @@ def evaluate_model(
         limits: of one sample of generated code.
         scratch: a folder for finished batches; an interrupted call goes on there. What was used is removed at the end.
         num_workers: samples of code that run at a time; all cores by default.
+        known: verdicts by sample, of earlier calls with equal limits; new ones are added.
 
     Raises:
         UserError: an unknown task, examples without reference, a prompt longer than the context, letters that are
@@ -157,7 +159,8 @@ def evaluate_model(
 
     from pkt_stages.evaluation.adapter import Adapter
 
-    judging = partial(_verdicts, task=task, level=level, limits=limits, num_workers=num_workers)
+    known = {} if known is None else known
+    judging = partial(_verdicts, task=task, level=level, limits=limits, num_workers=num_workers, known=known)
     loaded = _load_task(task, examples, decoding, judging)
     model = Adapter(backend, template, decoding.seed, scratch, [task, template, asdict(decoding)])
     results = evaluator.evaluate(
@@ -255,13 +258,14 @@ def _verdicts(
     level: Level | None,
     limits: Limits,
     num_workers: int | None,
+    known: dict[Job, Verdict],
 ) -> list[list[Verdict]]:
-    """Run every sample's tests; equal programs with equal tests run once."""
+    """Run every sample's tests; equal programs with equal tests run once, and not at all if their verdict is known."""
     assert level is not None
     jobs = [[JOBS[task](doc, text) for text in texts] for texts, doc in zip(answers, docs, strict=True)]
-    unique: list[Job] = list(dict.fromkeys(job for row in jobs for job in row))
-    found = dict(zip(unique, judge(unique, level, limits, num_workers), strict=True))
-    return [[found[job] for job in row] for row in jobs]
+    new = [job for job in dict.fromkeys(job for row in jobs for job in row) if job not in known]
+    known.update(zip(new, judge(new, level, limits, num_workers), strict=True))
+    return [[known[job] for job in row] for row in jobs]
 
 
 def _prediction(task: str, example: Example, sample: dict[str, Any], correct: float) -> dict[str, Any]:

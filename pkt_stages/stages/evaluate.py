@@ -25,6 +25,7 @@ from pkt_stages.options import Stopwatch, option, with_params
 if TYPE_CHECKING:
     from pkt_stages.evaluation.backends import Backend
     from pkt_stages.evaluation.engine import Decoding, Evaluation
+    from pkt_stages.evaluation.sandbox.pool import Job, Verdict
     from pkt_stages.models.load import ModelRef
 
 
@@ -62,8 +63,15 @@ class EvaluateParams:
         return Decoding(self.max_new_tokens, self.num_samples, self.temperature, self.top_p, self.seed)
 
 
-def run(backend: Backend, examples: list[Example], task: str, params: EvaluateParams, scratch: Path) -> Evaluation:
-    """One evaluation of one model."""
+def run(
+    backend: Backend,
+    examples: list[Example],
+    task: str,
+    params: EvaluateParams,
+    scratch: Path,
+    known: dict[Job, Verdict],
+) -> Evaluation:
+    """One evaluation of one model; verdicts on generated code that are `known` are not asked for again."""
     from pkt_stages.evaluation.engine import evaluate_model
     from pkt_stages.evaluation.sandbox.pool import Limits
 
@@ -76,6 +84,7 @@ def run(backend: Backend, examples: list[Example], task: str, params: EvaluatePa
         sandbox_floor=params.sandbox_floor,
         limits=Limits(params.sandbox_seconds, params.sandbox_memory_mb),
         scratch=scratch,
+        known=known,
     )
 
 
@@ -138,10 +147,12 @@ def evaluate_all(
     from pkt_stages.models.runs import load_run
 
     tokenizer = load_tokenizer(ref)
+    # A delta that changes few answers needs few samples run again.
+    known: dict[Job, Verdict] = {}
 
     def hf(weights: str) -> Evaluation:
         backend = HfBackend(model, tokenizer, batch_size=batch_size, identity=weights)
-        return run(backend, examples, task, params, scratch)
+        return run(backend, examples, task, params, scratch, known)
 
     def vllm(location: str, revision: str | None, weights: str) -> Evaluation:
         backend = VllmBackend(
@@ -154,7 +165,7 @@ def evaluate_all(
             seed=params.seed,
         )
         with closing(backend):
-            return run(backend, examples, task, params, scratch)
+            return run(backend, examples, task, params, scratch, known)
 
     if params.backend == "vllm" and not deltas:
         return [("base", vllm(ref.location, ref.revision, "{name}@{revision}".format(**identity(ref))))]

@@ -17,6 +17,7 @@ from pkt_stages.evaluation import engine
 from pkt_stages.evaluation.adapter import continuation_tokens
 from pkt_stages.evaluation.backends import HfBackend, Request, Sampling, VllmBackend, completion
 from pkt_stages.evaluation.engine import Decoding, evaluate_model
+from pkt_stages.evaluation.sandbox.pool import Verdict
 from pkt_stages.examples import Example, from_benchmark
 from tests.conftest import make_model
 
@@ -215,6 +216,22 @@ def test_code_is_judged_and_settings_are_recorded(backend: HfBackend) -> None:
     assert found.predictions[0]["outcome"] in ("failed", "error")
     shown = json.dumps(engine.metrics([("base", found)]))
     assert json.loads(shown)["n"] == 1
+
+
+def test_a_known_verdict_is_not_asked_for_again(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def judge(jobs: list[Any], *rest: Any) -> list[Verdict]:
+        asked.append(len(jobs))
+        return [Verdict("passed", "") for _ in jobs]
+
+    monkeypatch.setattr(engine, "judge", judge)
+    known: dict[Any, Verdict] = {}
+    for _ in range(2):
+        given = {"decoding": SHORT, "sandbox_floor": "rlimits", "known": known}
+        found = evaluate_model(backend, programs(), task="humaneval", **given)
+        assert found.correct == [1.0]
+    assert asked == [1, 0] and len(known) == 1
 
 
 def test_answers_must_fit_into_the_context_whole(backend: HfBackend) -> None:
