@@ -7,7 +7,6 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +135,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Ask a model a test set's questions and score the answers (METHODS section 10).
 
+    Equal programs of generated code with equal tests run once.
+
     Args:
         backend: the model, HfBackend or VllmBackend.
         examples: a test set, with `prefix` and `reference`.
@@ -159,8 +160,16 @@ def evaluate_model(
 
     from pkt_stages.evaluation.adapter import Adapter
 
-    known = {} if known is None else known
-    judging = partial(_verdicts, task=task, level=level, limits=limits, num_workers=num_workers, known=known)
+    verdicts = {} if known is None else known
+
+    # The harness copies its settings deeply; a function keeps the one dict.
+    def judging(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[Verdict]]:
+        jobs = [[JOBS[task](doc, text) for text in texts] for texts, doc in zip(answers, docs, strict=True)]
+        new = [job for job in dict.fromkeys(job for row in jobs for job in row) if job not in verdicts]
+        assert level is not None
+        verdicts.update(zip(new, judge(new, level, limits, num_workers), strict=True))
+        return [[verdicts[job] for job in row] for row in jobs]
+
     loaded = _load_task(task, examples, decoding, judging)
     model = Adapter(backend, template, decoding.seed, scratch, [task, template, asdict(decoding)])
     results = evaluator.evaluate(
@@ -248,24 +257,6 @@ def _load_task(task: str, examples: Sequence[Example], decoding: Decoding, judgi
         found.set_config("generation_kwargs", generation, update=True)
         found.set_config("repeats", decoding.num_samples)
     return {"tasks": {task: found}, "groups": {}, "group_map": {}}
-
-
-def _verdicts(
-    answers: Sequence[Sequence[str]],
-    docs: Sequence[dict[str, Any]],
-    *,
-    task: str,
-    level: Level | None,
-    limits: Limits,
-    num_workers: int | None,
-    known: dict[Job, Verdict],
-) -> list[list[Verdict]]:
-    """Run every sample's tests; equal programs with equal tests run once, and not at all if their verdict is known."""
-    assert level is not None
-    jobs = [[JOBS[task](doc, text) for text in texts] for texts, doc in zip(answers, docs, strict=True)]
-    new = [job for job in dict.fromkeys(job for row in jobs for job in row) if job not in known]
-    known.update(zip(new, judge(new, level, limits, num_workers), strict=True))
-    return [[known[job] for job in row] for row in jobs]
 
 
 def _prediction(task: str, example: Example, sample: dict[str, Any], correct: float) -> dict[str, Any]:
