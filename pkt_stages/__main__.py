@@ -26,6 +26,8 @@ from pkt_stages.stages.seek import seek
 from pkt_stages.stages.select import select
 from pkt_stages.stages.similarity import similarity
 from pkt_stages.stages.unaligned import unaligned
+from pkt_stages.tools.doctor import doctor
+from pkt_stages.tools.inspect import inspect
 
 app = typer.Typer(
     name="pkt",
@@ -39,6 +41,7 @@ app = typer.Typer(
 STAGES = (
     *(prepare, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
+    *(inspect, doctor),
 )
 for stage in STAGES:
     app.command()(stage)

@@ -261,6 +261,28 @@ def load(path: Path, kind: str) -> Artifact:
     return Artifact(path, meta, {name: shape for name, (_, shape) in described.items()}, file)
 
 
+def kind_of(path: Path) -> str:
+    """The kind that a file says it is.
+
+    Raises:
+        UserError: missing, not readable, or no artifact of a known kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an artifact (.safetensors)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    if kind not in KINDS:
+        found = f"kind {kind!r}" if kind is not None else "no metadata of this project"
+        raise UserError(f"{path}: expected an artifact of a kind among {', '.join(KINDS)}; found {found}")
+    return str(kind)
+
+
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
 
 
