@@ -14,6 +14,12 @@ from pkt_stages.reporting.reading import Folder
 from pkt_stages.reporting.table import TASKS, title_of
 
 AGAINST = {"weight": "W", "reduced_base": "W - ΔW", "submatrix": "source's sub-matrix"}
+SAMPLES = {
+    "mean": "each text's mean token",
+    "last": "each text's last token",
+    "all": "all tokens",
+    "per_sequence": "the tokens of each text",
+}
 MOMENTS = {"initial": "start", "trained": "trained"}
 
 
@@ -120,7 +126,7 @@ def _cka(folder: Folder, settings: Mapping[str, Any], changes: Sequence[_Change]
     highest, lowest = max(across, key=across.__getitem__), min(across, key=across.__getitem__)
     text = (
         f"Linear CKA (unbiased HSIC) between the outputs of each projection on {params['num_texts']} texts; samples:"
-        f" {params['reduction'].replace('_', ' ')} token. 1: the same up to rotation and scale, 0: unrelated. Between"
+        f" {SAMPLES[params['reduction']]}. 1: the same up to rotation and scale, 0: unrelated. Between"
         f" {maps[0][2]} it is {across[highest]:.2f} on average for {highest} and {across[lowest]:.2f} for {lowest}."
         " Models that share their weights' history (base and chat, target before and after) are the yardstick."
     )
