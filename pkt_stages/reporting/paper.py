@@ -42,6 +42,15 @@ class Claim:
     text: str
     verdicts: dict[str, Verdict]
 
+    def numbers(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "claim": self.text,
+            "tasks": {
+                task: {**asdict(v.difference), "paper": v.paper, "verdict": v.text} for task, v in self.verdicts.items()
+            },
+        }
+
 
 @dataclass(frozen=True)
 class PaperRow:

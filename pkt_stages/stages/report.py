@@ -67,6 +67,8 @@ class Result:
                 }
                 for method, by_task in self.alignments.items()
             },
+            "claims": [claim.numbers() for claim in self.claims],
+            "controls": [claim.numbers() for claim in self.controls],
         }
 
     @property

@@ -68,6 +68,9 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     assert numbers["rows"]["laten"]["cells"]["gsm8k"]["versus"]["difference"] == 12.5
     assert numbers["rows"]["t"]["cells"]["gsm8k"]["versus"] is None
     assert numbers["alignments"]["laten"]["gsm8k"]["validation_loss"] == [1.5, 1.25]
+    (claim,), (control,) = numbers["claims"], numbers["controls"]
+    assert claim["claim"] == "LaTen improves the target" and control["claim"] == "LaTen beats itself on random rows"
+    assert (claim["tasks"]["gsm8k"]["difference"], claim["tasks"]["gsm8k"]["verdict"]) == (12.5, "not shown")
 
     first = {name: (inputs / name).read_bytes() for name in ("r.html", "r.md", "r.json")}
     report(pkt, inputs)
