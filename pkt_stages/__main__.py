@@ -9,6 +9,7 @@ import typer
 
 from pkt_stages import warm
 from pkt_stages.errors import UserError
+from pkt_stages.stages.adopt import adopt
 from pkt_stages.stages.align import align
 from pkt_stages.stages.attribute import attribute
 from pkt_stages.stages.cka import cka
@@ -25,6 +26,7 @@ from pkt_stages.stages.report import report
 from pkt_stages.stages.seek import seek
 from pkt_stages.stages.select import select
 from pkt_stages.stages.similarity import similarity
+from pkt_stages.stages.texts import texts
 from pkt_stages.stages.unaligned import unaligned
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
@@ -39,8 +41,8 @@ app = typer.Typer(
     " `dvc repro` runs them all; each runs alone, too.",
 )
 STAGES = (
-    *(prepare, attribute, select, align, inject, control, seek, unaligned),
-    *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
+    *(prepare, texts, attribute, select, align, inject, control, seek, unaligned),
+    *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, adopt, report),
     *(inspect, doctor),
 )
 for stage in STAGES:

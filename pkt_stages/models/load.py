@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from pkt_stages import hub
 from pkt_stages.errors import UserError
 from pkt_stages.models.sites import geometry
 
 if TYPE_CHECKING:
     import torch
-
-POINTER = "hub.yaml"
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,14 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
         UserError: a path that does not exist, or a pointer that is not {repo, revision}.
     """
     folder = Path(model)
-    pointer = folder / POINTER
+    pointer = folder / hub.POINTER
     if pointer.is_file():
-        content = yaml.safe_load(pointer.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != {"repo", "revision"}:
-            raise UserError(f"{pointer}: expected the keys repo and revision, found {content!r}")
-        return ModelRef(str(content["repo"]), revision or str(content["revision"]))
+        repo, pinned = hub.read_model_pointer(pointer)
+        return ModelRef(repo, revision or pinned)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
-        return ModelRef(model, None)
+        return ModelRef(model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
     return ModelRef(model, revision)
@@ -56,7 +51,9 @@ def load_config(ref: ModelRef) -> Any:
     """The model's config; only supported architectures get through."""
     from transformers import AutoConfig
 
-    config = _explained(ref, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision))
+    config = hub.explained(
+        ref.location, ref.revision, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision)
+    )
     geometry(config)
     return config
 
@@ -64,7 +61,9 @@ def load_config(ref: ModelRef) -> Any:
 def load_tokenizer(ref: ModelRef) -> Any:
     from transformers import AutoTokenizer
 
-    return _explained(ref, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision))
+    return hub.explained(
+        ref.location, ref.revision, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision)
+    )
 
 
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -83,9 +82,12 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
 
     load_config(ref)
     check_device(device)
+    if not ref.is_local:
+        hub.warn_unpinned(ref.location, ref.revision)
     logging.disable_progress_bar()
-    model = _explained(
-        ref,
+    model = hub.explained(
+        ref.location,
+        ref.revision,
         lambda: AutoModelForCausalLM.from_pretrained(
             ref.location,
             revision=ref.revision,
@@ -117,9 +119,9 @@ def check_device(device: str) -> None:
 
 
 def identity(ref: ModelRef) -> dict[str, str | None]:
-    """What goes into an artifact's metadata: the hub name with its revision, or the hash of a folder's weights."""
+    """What goes into an artifact's metadata: the hub name with its commit, or the hash of a folder's weights."""
     if not ref.is_local:
-        return {"name": ref.location, "revision": ref.revision}
+        return {"name": ref.location, "revision": hub.cached_commit(ref.location, ref.revision) or ref.revision}
     return {"name": Path(ref.location).name, "revision": f"sha256:{folder_hash(Path(ref.location))}"}
 
 
@@ -144,17 +146,3 @@ def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def _explained(ref: ModelRef, load: Any) -> Any:
-    """Turn what the libraries raise on bad model files into one line."""
-    from safetensors import SafetensorError
-
-    try:
-        return load()
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        at = f" at revision {ref.revision}" if ref.revision else ""
-        raise UserError(f"{ref.location}{at}: the model cannot be loaded ({reason})") from None

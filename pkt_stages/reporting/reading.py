@@ -12,13 +12,14 @@ import yaml
 
 from pkt_stages.errors import UserError
 
-METHODS = ("pair_methods", "grid_methods", "target_methods")
+METHODS = ("pair_methods", "grid_methods", "target_methods", "adopted_target_methods")
 LISTS = (
     *METHODS,
     "aligned_methods",
     "reselected_methods",
     "curve_methods",
     "models",
+    "adopted_models",
     "sft",
     "analysed_task",
     "analysed_pair_methods",

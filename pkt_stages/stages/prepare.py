@@ -2,19 +2,25 @@
 
 The first four are drawn by seed from the training pool and do not overlap; each is a prefix of one permutation after
 the other, with `transfer` (LaTen's unseen examples) last, so that more of those changes none of the others.
+
+A team's own split files are taken in their order instead; `transfer` is drawn from their train file where it has no
+file, and left out of the train set.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pkt_stages import hub
 from pkt_stages.errors import UserError
-from pkt_stages.examples import TASKS, Example, from_benchmark, read_rows, write_rows
+from pkt_stages.examples import TASKS, Example, from_benchmark, read_examples, read_rows, write_rows
 from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.progress import track
 
 SETS = ("extract", "align", "train", "transfer")
 
@@ -36,16 +42,13 @@ class PrepareParams:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
-def run(pool: list[Example], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:
-    """Draw the sets. Examples of the pool that repeat a prompt, or stand in the test set, are left out."""
-    import random
+def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:
+    """Draw the sets from one pool. Examples that repeat a prompt, or stand in the test set, are left out.
 
-    taken = {example.prompt for example in test}
-    unique = []
-    for example in pool:
-        if example.prompt not in taken:
-            taken.add(example.prompt)
-            unique.append(example)
+    Raises:
+        UserError: the pool is too small.
+    """
+    unique = _unlike(pool, test)
     wanted = sum(getattr(params, name) for name in SETS)
     if wanted > len(unique):
         raise UserError(
@@ -57,31 +60,96 @@ def run(pool: list[Example], test: list[Example], params: PrepareParams) -> dict
     for name in SETS:
         sets[name] = [unique[i] for i in order[start : start + getattr(params, name)]]
         start += getattr(params, name)
-    chosen = list(range(len(test)))
-    if params.test is not None:
-        if params.test > len(test):
-            raise UserError(f"{params.test} test examples wanted, there are {len(test)}; lower `prepare.test`")
-        chosen = sorted(random.Random(params.seed + 1).sample(range(len(test)), params.test))
-    sets["test"] = [test[i] for i in chosen]
     return sets
+
+
+def split(own: dict[str, list[Example]], params: PrepareParams) -> dict[str, list[Example]]:
+    """The first examples of a team's own files.
+
+    Args:
+        own: extract, align, train, and transfer if there is a file of it.
+
+    Raises:
+        UserError: a file is too short, or two of them share a prompt.
+    """
+    own = dict(own)
+    if "transfer" not in own:
+        held = random.Random(params.seed).sample(range(len(own["train"])), min(params.transfer, len(own["train"])))
+        own["transfer"] = [own["train"][i] for i in held]
+        own["train"] = [example for i, example in enumerate(own["train"]) if i not in held]
+    taken: dict[str, str] = {}
+    for name in SETS:
+        wanted, found = getattr(params, name), len(own[name])
+        if found < wanted:
+            rest = " beside the transfer examples" if name == "train" else ""
+            raise UserError(f"{name}: {wanted} examples wanted, the file holds {found}{rest}; set `prepare.{name}`")
+        own[name] = own[name][:wanted]
+        for example in own[name]:
+            if taken.setdefault(example.prompt, name) != name:
+                other = taken[example.prompt]
+                raise UserError(f"{name}: example {example.id} is in {other}, too; the sets must not overlap")
+    return own
+
+
+def draw_test(test: list[Example], params: PrepareParams) -> list[Example]:
+    """The test set, in its own order."""
+    if params.test is None:
+        return test
+    if params.test > len(test):
+        raise UserError(f"{params.test} test examples wanted, there are {len(test)}; lower `prepare.test`")
+    return [test[i] for i in sorted(random.Random(params.seed + 1).sample(range(len(test)), params.test))]
+
+
+def _unlike(pool: list[Example], test: list[Example]) -> list[Example]:
+    taken = {example.prompt for example in test}
+    unique = []
+    for example in pool:
+        if example.prompt not in taken:
+            taken.add(example.prompt)
+            unique.append(example)
+    return unique
+
+
+def read_pool(folder: Path, pool: str, task: str) -> list[Example]:
+    """A pool's examples: from its file of benchmark rows, else from the hub as the folder's `hub.yaml` says.
+
+    Raises:
+        UserError: neither is there, or a row does not fit.
+    """
+    file = folder / f"{pool}.jsonl"
+    if file.is_file() or not (folder / hub.POINTER).is_file():
+        return [from_benchmark(task, row, f"{task}_{pool}_{n}") for n, row in read_rows(file)]
+    rows = hub.read_data_pointer(folder / hub.POINTER, pool)
+    schema = rows.schema or task
+    numbered = enumerate(track(hub.read_hub_rows(rows), f"{task}: {pool} rows"), start=1)
+    return [from_benchmark(schema, row, f"{task}_{pool}_{n}") for n, row in numbered]
 
 
 @with_params("prepare", PrepareParams)
 def prepare(
     params: PrepareParams,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
-    data: Annotated[Path, typer.Option(help="Folder with the benchmark's own train.jsonl and test.jsonl.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with train.jsonl and test.jsonl, the benchmark's own rows; or own split files extract.jsonl,"
+            " align.jsonl, train.jsonl (messages format), maybe transfer.jsonl, and test.jsonl (benchmark rows);"
+            " hub.yaml names a hub data set in place of train.jsonl or test.jsonl."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for extract, align, train, transfer and test .jsonl.")],
 ) -> None:
     """Turn a benchmark's rows into prompts and draw the example sets."""
     watch = Stopwatch()
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
-    pools = {
-        split: [from_benchmark(task, row, f"{task}_{split}_{n}") for n, row in read_rows(data / f"{split}.jsonl")]
-        for split in ("train", "test")
-    }
-    sets = run(pools["train"], pools["test"], params)
+    test = read_pool(data, "test", task)
+    if (data / "extract.jsonl").is_file():
+        names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
+        sets = split({name: read_examples(data / f"{name}.jsonl") for name in names}, params)
+    else:
+        sets = draw(read_pool(data, "train", task), test, params)
+    sets["test"] = draw_test(test, params)
     for name, examples in sets.items():
         write_rows(out / f"{name}.jsonl", [example.to_row() for example in examples])
     watch.summary("prepare", ", ".join(f"{len(examples)} {name}" for name, examples in sets.items()), out)

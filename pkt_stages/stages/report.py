@@ -85,7 +85,12 @@ def run(evaluated: Folder, aligned: Folder, settings: Mapping[str, Any], source:
 
     tasks, pair = settings["task"], f"{source}-{target}"
     found = {model: evaluated.by_task(tasks, model) for model in (source, target)}
-    for methods, where in (("pair_methods", pair), ("grid_methods", pair), ("target_methods", target)):
+    for methods, where in (
+        ("pair_methods", pair),
+        ("grid_methods", pair),
+        ("target_methods", target),
+        ("adopted_target_methods", target),
+    ):
         found |= {method: evaluated.by_task(tasks, method, where) for method in settings[methods]}
     trained = (*settings["aligned_methods"], *settings["reselected_methods"])
     curves = {method: aligned.by_task(tasks, method, pair) for method in trained}
@@ -187,7 +192,7 @@ def report(
         for source in settings["source"]
         for target in settings["target"]
     ]
-    models = {model: evaluated.by_task(tasks, model) for model in settings["models"]}
+    models = {model: evaluated.by_task(tasks, model) for model in (*settings["models"], *settings["adopted_models"])}
     parts = []
     if analysis is not None:
         folders.append(Folder(analysis))

@@ -137,10 +137,10 @@ class Corpus:
 
 
 def write_data(out: Path, corpus: Corpus) -> None:
-    """Write `{task}/{train,test}.jsonl` and `text.jsonl`, held-out raw texts of the base corpus."""
+    """Write `{task}/{train,test}.jsonl` and `texts/texts.jsonl`, held-out raw texts of the base corpus."""
     for task in TASKS:
         write_rows(out / task / "test.jsonl", [graded.row for graded in corpus.test[task]])
         write_rows(out / task / "train.jsonl", [graded.row for graded in corpus.pool[task]])
     rng = Random(f"text-{corpus.seed}")
     documents = [corpus.raw_document(rng, EVEN) for _ in range(TEXT_ROWS)]
-    write_rows(out / "text.jsonl", [{"text": document.text} for document in documents])
+    write_rows(out / "texts" / "texts.jsonl", [{"text": document.text} for document in documents])

@@ -17,6 +17,7 @@ PLUMBING = {
     "pkt_stages/artifacts.py",
     "pkt_stages/curves.py",
     "pkt_stages/errors.py",
+    "pkt_stages/hub.py",
     "pkt_stages/examples.py",
     "pkt_stages/options.py",
     "pkt_stages/params.py",

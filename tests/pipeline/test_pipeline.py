@@ -96,7 +96,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
         rows = [{"question": f"{split} {i}?", "answer": f"One.\n#### {i}"} for i in range(count)]
         write_rows(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
     texts = [{"text": f"Text {i}: {'abcdef'[i] * (i + 3)}"} for i in range(6)]
-    write_rows(folder / "data/tiny/text.jsonl", texts)
+    write_rows(folder / "data/tiny/texts/texts.jsonl", texts)
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "git", "config", "user.email", "someone@example.com")
     run(folder, "git", "config", "user.name", "someone")

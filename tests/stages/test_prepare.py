@@ -7,7 +7,7 @@ import pytest
 
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example, read_examples, write_rows
-from pkt_stages.stages.prepare import PrepareParams, run
+from pkt_stages.stages.prepare import PrepareParams, draw, split
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = PrepareParams(extract=3, align=4, train=10, transfer=2)
@@ -18,31 +18,30 @@ def pool(size: int, name: str = "pool") -> list[Example]:
 
 
 def test_sets_do_not_overlap_and_repeat_by_seed() -> None:
-    sets = run(pool(30), pool(5, "test"), SMALL)
+    sets = draw(pool(30), pool(5, "test"), SMALL)
     assert {name: len(examples) for name, examples in sets.items()} == {
         "extract": 3,
         "align": 4,
         "train": 10,
         "transfer": 2,
-        "test": 5,
     }
     prompts = [e.prompt for examples in sets.values() for e in examples]
     assert len(prompts) == len(set(prompts))
-    assert run(pool(30), pool(5, "test"), SMALL) == sets
-    other = run(pool(30), pool(5, "test"), PrepareParams(extract=3, align=4, train=10, transfer=2, seed=1))
+    assert draw(pool(30), pool(5, "test"), SMALL) == sets
+    other = draw(pool(30), pool(5, "test"), PrepareParams(extract=3, align=4, train=10, transfer=2, seed=1))
     assert other["extract"] != sets["extract"]
 
 
 def test_more_transfer_examples_change_no_other_set() -> None:
-    few = run(pool(30), [], SMALL)
-    more = run(pool(30), [], PrepareParams(extract=3, align=4, train=10, transfer=6))
+    few = draw(pool(30), [], SMALL)
+    more = draw(pool(30), [], PrepareParams(extract=3, align=4, train=10, transfer=6))
     assert more["transfer"][:2] == few["transfer"]
     assert all(more[name] == few[name] for name in ("extract", "align", "train"))
 
 
 def test_test_questions_and_repetitions_leave_the_pool() -> None:
     doubled = pool(19) + pool(5) + pool(3, "test")
-    sets = run(doubled, pool(3, "test"), SMALL)
+    sets = draw(doubled, pool(3, "test"), SMALL)
     used = [e.prompt for name in ("extract", "align", "train", "transfer") for e in sets[name]]
     assert len(used) == len(set(used)) == 19
     assert not any(prompt.startswith("test") for prompt in used)
@@ -50,7 +49,7 @@ def test_test_questions_and_repetitions_leave_the_pool() -> None:
 
 def test_a_pool_that_is_too_small() -> None:
     with pytest.raises(UserError) as caught:
-        run(pool(18), [], SMALL)
+        draw(pool(18), [], SMALL)
     assert str(caught.value) == (
         "19 examples wanted (extract 3, align 4, train 10, transfer 2), the pool holds 18 different ones;"
         " lower the section `prepare`"
@@ -59,9 +58,9 @@ def test_a_pool_that_is_too_small() -> None:
 
 def test_the_command(pkt: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    for split, count in (("train", 20), ("test", 6)):
-        rows = [{"question": f"{split} {i}?", "answer": f"Think.\n#### {i}"} for i in range(count)]
-        write_rows(data / f"{split}.jsonl", rows)
+    for name, count in (("train", 20), ("test", 6)):
+        rows = [{"question": f"{name} {i}?", "answer": f"Think.\n#### {i}"} for i in range(count)]
+        write_rows(data / f"{name}.jsonl", rows)
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2, "--test", 5)
     status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
     assert status == 0, err
@@ -73,4 +72,76 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     assert (status, err) == (2, "pkt: error: unknown task 'arc'; expected one of mmlu, gsm8k, humaneval, mbpp\n")
     status, _, err = pkt("prepare", "--task", "mbpp", "--data", data, "--out", tmp_path / "out")
     assert status == 2
-    assert "row mbpp_train_1: not in the mbpp schema (KeyError: 'code')" in err
+    assert "row mbpp_test_1: not in the mbpp schema (KeyError: 'code')" in err
+
+
+def own_sets() -> dict[str, list[Example]]:
+    return {name: pool(size, name) for name, size in (("extract", 3), ("align", 4), ("train", 12))}
+
+
+def test_own_sets_keep_their_order_and_lend_the_transfer_examples() -> None:
+    own = own_sets()
+    sets = split(own, SMALL)
+    assert sets["extract"] == own["extract"] and sets["align"] == own["align"]
+    assert len(sets["transfer"]) == 2 and len(sets["train"]) == 10
+    assert sets["train"] == [e for e in own["train"] if e not in sets["transfer"]]
+    given = split(own | {"transfer": pool(3, "transfer")}, SMALL)
+    assert given["train"] == own["train"][:10] and given["transfer"] == pool(2, "transfer")
+
+
+def test_own_sets_that_are_too_small_or_overlap() -> None:
+    own = own_sets()
+    with pytest.raises(UserError) as caught:
+        split(own | {"train": own["train"][:11]}, SMALL)
+    assert str(caught.value) == (
+        "train: 10 examples wanted, the file holds 9 beside the transfer examples; set `prepare.train`"
+    )
+    with pytest.raises(UserError) as caught:
+        split(own | {"align": [*own["align"][:3], own["extract"][0]]}, SMALL)
+    assert str(caught.value) == "align: example extract_0 is in extract, too; the sets must not overlap"
+
+
+def test_the_command_on_own_sets(pkt: Run, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name, examples in own_sets().items():
+        write_rows(data / f"{name}.jsonl", [e.to_row() for e in examples])
+    write_rows(data / "test.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)])
+    counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
+    status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    assert status == 0, err
+    assert printed.startswith("prepare: 3 extract, 4 align, 10 train, 2 transfer, 3 test ->")
+    assert read_examples(tmp_path / "out/extract.jsonl") == own_sets()["extract"]
+
+
+def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pools from `hub.yaml`; the hub itself is stood in for."""
+    asked = []
+
+    def load_dataset(repo: str, config: str | None, *, split: str, revision: str) -> list[dict[str, str]]:
+        asked.append((repo, config, split, revision))
+        if split == "test":
+            return [{"question": f"test {i}?", "answer": f"#### {i}"} for i in range(3)]
+        return [{"instruction": f"Do {i}.", "output": f"Done {i}."} for i in range(19)]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = tmp_path / "data"
+    data.mkdir()
+    commit = "0" * 40
+    (data / "hub.yaml").write_text(
+        f"train: {{repo: o/pool, split: train, revision: main, schema: evol_instruct}}\n"
+        f"test: {{repo: o/test, config: c, split: test, revision: '{commit}'}}\n"
+    )
+    counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
+    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    assert status == 0, err
+    assert asked == [("o/test", "c", "test", commit), ("o/pool", None, "train", "main")]
+    assert err == "pkt: warning: o/pool at revision main may change; `pkt pin` writes its commit down\n"
+    assert {e.answer.split()[0] for e in read_examples(tmp_path / "out/train.jsonl")} == {"Done"}
+
+    (data / "hub.yaml").write_text("train: {repo: o/pool, split: train}\n")
+    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    assert (status, err) == (
+        2,
+        f"pkt: error: {data / 'hub.yaml'}: expected a mapping `test` with repo, split and revision, found"
+        " {'train': {'repo': 'o/pool', 'split': 'train'}}\n",
+    )

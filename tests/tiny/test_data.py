@@ -137,7 +137,7 @@ def test_mbpp_solutions_pass_and_are_short(shipped: Path, split: str) -> None:
 
 
 def test_texts(shipped: Path) -> None:
-    lines = (shipped / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (shipped / "texts/texts.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line) for line in lines]
     assert len(texts) == TEXT_ROWS
     assert all(set(row) == {"text"} and row["text"].strip() for row in texts)

@@ -1,0 +1,186 @@
+"""The only door to the hub: pointers to repositories, their revisions, rows of data sets, and its errors in one line.
+
+A folder of models or data may hold a `hub.yaml` instead of files. A model's::
+
+    {repo: meta-llama/Llama-2-7b-chat-hf, revision: <commit>}
+
+A data set's names a repository for each of the pools that is not there as a file::
+
+    train: {repo: openai/gsm8k, config: main, split: train, revision: <commit>}
+    test: {repo: openai/gsm8k, config: main, split: test, revision: <commit>}
+
+Whoever depends on such a folder runs again when a revision changes, and only then.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pkt_stages.errors import UserError
+
+POINTER = "hub.yaml"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split of a data set on the hub.
+
+    Attributes:
+        split: as `datasets` takes it: `train`, `train+validation`, `test[:100]`.
+        config: the data set's configuration, if it has several.
+        schema: the benchmark's schema if it is not the task's own (`examples.from_benchmark`).
+    """
+
+    repo: str
+    split: str
+    revision: str
+    config: str | None = None
+    schema: str | None = None
+
+
+def read_pointer(path: Path) -> dict[str, Any]:
+    """The content of a `hub.yaml`.
+
+    Raises:
+        UserError: it is no readable mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping, found {content!r}")
+    return content
+
+
+def read_model_pointer(path: Path) -> tuple[str, str]:
+    """Repository and revision of a model."""
+    content = read_pointer(path)
+    if set(content) != {"repo", "revision"} or not all(isinstance(v, str) and v for v in content.values()):
+        raise UserError(f"{path}: expected the keys repo and revision with a text each, found {content!r}")
+    return content["repo"], content["revision"]
+
+
+def read_data_pointer(path: Path, pool: str) -> Rows:
+    """Where one pool (`train`, `test` or `texts`) of a data folder comes from."""
+    from pkt_stages.params import build
+
+    content = read_pointer(path)
+    if not isinstance(content.get(pool), dict):
+        raise UserError(f"{path}: expected a mapping `{pool}` with repo, split and revision, found {content!r}")
+    return build(Rows, content[pool], f"{path}: {pool}")
+
+
+def is_pinned(revision: str | None) -> bool:
+    """Whether a revision is a commit, which cannot change."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def warn_unpinned(repo: str, revision: str | None) -> None:
+    """Say on stderr that the result depends on what the hub holds today."""
+    if not is_pinned(revision):
+        print(
+            f"pkt: warning: {repo} at revision {revision or 'main'} may change; `pkt pin` writes its commit down",
+            file=sys.stderr,
+        )
+
+
+def read_hub_rows(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The rows of a split, in order.
+
+    Raises:
+        UserError: no network, no access, or no such data set, configuration, split or revision.
+    """
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warn_unpinned(rows.repo, rows.revision)
+    yield from explained(
+        rows.repo,
+        rows.revision,
+        lambda: load_dataset(rows.repo, rows.config, split=rows.split, revision=rows.revision),
+        "the data set",
+    )
+
+
+def commit_of(repo: str, revision: str, kind: str) -> str:
+    """Ask the hub for the commit that a revision stands for.
+
+    Args:
+        kind: `model` or `dataset`.
+    """
+    from huggingface_hub import HfApi
+
+    info = explained(repo, revision, lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind), f"the {kind}")
+    return str(info.sha)
+
+
+def cached_commit(repo: str, revision: str | None) -> str | None:
+    """The commit of a model's files in the local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def explained(repo: str, revision: str | None, load: Callable[[], T], what: str = "the model") -> T:
+    """Turn what the hub's libraries raise into one line that says what to do.
+
+    Args:
+        repo: a name on the hub, or a local folder.
+        what: is loaded, for the message.
+
+    Raises:
+        UserError: naming the repository, the reason and the remedy.
+    """
+    from huggingface_hub import errors
+    from safetensors import SafetensorError
+
+    # It announces every one of its retries.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        causes = list(_causes(error))
+    at = f"{repo} at revision {revision}" if revision else repo
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if has(errors.GatedRepoError):
+        raise UserError(
+            f"{at}: access is gated; accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
+        ) from None
+    if has(errors.RevisionNotFoundError):
+        raise UserError(f"{at}: the hub has no such revision (any more); `pkt pin` finds today's commit") from None
+    if has(errors.RepositoryNotFoundError):
+        raise UserError(f"{at}: no such repository, or a private one; check its name, or `hf auth login`") from None
+    unreachable = ("Couldn't reach", "couldn't connect", "offline mode", "Cannot send a request", "Max retries")
+    if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) or any(
+        words.lower() in str(cause).lower() for cause in causes for words in unreachable
+    ):
+        raise UserError(
+            f"{at}: the hub cannot be reached and the files are not in the local cache; connect, or put a folder with"
+            " the files in place of the name"
+        ) from None
+    raise UserError(f"{at}: {what} cannot be loaded ({' '.join(str(causes[0]).split())[:300]})") from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
