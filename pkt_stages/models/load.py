@@ -15,12 +15,20 @@ if TYPE_CHECKING:
     import torch
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
 @dataclass(frozen=True)
 class ModelRef:
-    """Which model: a local folder, or a hub repository at a revision."""
+    """Which model: a local folder, or a hub repository at a revision.
+
+    Attributes:
+        chat_template: Jinja text that takes the place of the tokenizer's own.
+    """
 
     location: str
     revision: str | None = None
+    chat_template: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -30,6 +38,8 @@ class ModelRef:
 def resolve(model: str, revision: str | None = None) -> ModelRef:
     """Follow `hub.yaml` in a folder ({repo, revision}), else take the name as it is.
 
+    A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
+
     Raises:
         UserError: a path that does not exist, or a pointer that is not {repo, revision}.
     """
@@ -37,7 +47,8 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     pointer = folder / hub.POINTER
     if pointer.is_file():
         repo, pinned = hub.read_model_pointer(pointer)
-        return ModelRef(repo, revision or pinned)
+        template = folder / CHAT_TEMPLATE
+        return ModelRef(repo, revision or pinned, template.read_text(encoding="utf-8") if template.is_file() else None)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
@@ -61,9 +72,12 @@ def load_config(ref: ModelRef) -> Any:
 def load_tokenizer(ref: ModelRef) -> Any:
     from transformers import AutoTokenizer
 
-    return hub.explained(
+    tokenizer = hub.explained(
         ref.location, ref.revision, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision)
     )
+    if ref.chat_template is not None:
+        tokenizer.chat_template = ref.chat_template
+    return tokenizer
 
 
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> Any:

@@ -34,6 +34,7 @@ class PrepareParams:
     train: int = option(1000, "Examples for fine-tuning.")
     transfer: int = option(3, "Unseen examples whose rows LaTen injects in the end.")
     test: int | None = option(None, "Test examples, drawn by seed; none means all.")
+    max_chars: int | None = option(None, "Pool examples longer than this (prompt and answer, characters) are left out.")
     seed: int = option(0, "Seed of the draw.")
 
     def __post_init__(self) -> None:
@@ -48,7 +49,8 @@ def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dic
     Raises:
         UserError: the pool is too small.
     """
-    unique = _unlike(pool, test)
+    short = [e for e in pool if params.max_chars is None or len(e.prompt) + len(e.answer) <= params.max_chars]
+    unique = _unlike(short, test)
     wanted = sum(getattr(params, name) for name in SETS)
     if wanted > len(unique):
         raise UserError(

@@ -95,3 +95,18 @@ def test_no_path_literal_in_the_package() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not node.value.startswith(("artifacts/", "results/", "data/", "profiles/")), (path, node.value)
+
+
+def test_every_profile_resolves() -> None:
+    """Every stage of every profile gets its inputs from another stage or from the repository; no two make the same."""
+    from dvc.repo import Repo
+
+    repo = Repo(str(ROOT))
+    made = {out.fs_path for out in repo.index.outs}
+    used = {Path(stage.path).parent.name for stage in repo.index.stages}
+    assert used == {path.parent.name for path in ROOT.glob("profiles/*/dvc.yaml")} | {ROOT.name}
+    folders = {parent for path in made for parent in Path(path).parents}
+    for dep in repo.index.deps:
+        path = Path(dep.fs_path)
+        assert dep.fs_path in made or path in folders or path.exists(), (dep.stage.addressing, dep.fs_path)
+    assert repo.index.graph.number_of_nodes() == len(repo.index.stages)

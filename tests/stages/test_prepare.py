@@ -47,6 +47,12 @@ def test_test_questions_and_repetitions_leave_the_pool() -> None:
     assert not any(prompt.startswith("test") for prompt in used)
 
 
+def test_long_examples_leave_the_pool() -> None:
+    long = [Example(dataset="gsm8k", id="long", prompt="?" * 30, answer="x")]
+    sets = draw(long + pool(19), [], PrepareParams(extract=3, align=4, train=10, transfer=2, max_chars=20))
+    assert not any(e.id == "long" for examples in sets.values() for e in examples)
+
+
 def test_a_pool_that_is_too_small() -> None:
     with pytest.raises(UserError) as caught:
         draw(pool(18), [], SMALL)
