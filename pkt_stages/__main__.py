@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -47,6 +48,15 @@ STAGES = (
 )
 for stage in STAGES:
     app.command()(stage)
+# What several processes can work on together (pkt_stages/parallel.py).
+DIVISIBLE = ("attribute", "seek", "cka", "finetune")
+
+
+def check_processes(arguments: Sequence[str]) -> None:
+    """Raise UserError if a launcher started several processes of a command that would do all its work in each."""
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in DIVISIBLE:
+        raise UserError(f"`pkt {command}` runs in one process; torchrun is for {', '.join(DIVISIBLE)}")
 
 
 def main() -> None:
@@ -54,6 +64,7 @@ def main() -> None:
     try:
         if warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
+        check_processes(sys.argv[1:])
         app()
     except UserError as error:
         print(f"pkt: error: {error}", file=sys.stderr)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkt_stages.artifacts import written_whole
 from pkt_stages.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fingerprint(values: Any, files: Sequence[Path]) -> str:
@@ -23,6 +27,50 @@ def fingerprint(values: Any, files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:32]
+
+
+class Shards:
+    """Finished units of one run as files of tensors, by name; processes that share the folder see each other's."""
+
+    def __init__(self, parent: Path, run: str) -> None:
+        self._folder = parent / run
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The unit's tensors on the CPU, or None if it is not there or not whole."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(self._path(name).read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def __setitem__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with written_whole(self._path(name)) as temporary:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+class Seldom:
+    """Saves a growing state so seldom that saving takes at most a tenth of the time; the first call always saves."""
+
+    def __init__(self) -> None:
+        self._saved, self._cost = 0.0, 0.0
+
+    def __call__(self, save: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        if start - self._saved < 10 * self._cost:
+            return
+        save()
+        self._saved = time.perf_counter()
+        self._cost = self._saved - start
 
 
 class Scratch:

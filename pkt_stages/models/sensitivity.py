@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.losses import example_losses
+from pkt_stages.parallel import Group
+from pkt_stages.progress import track
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -30,7 +32,23 @@ class Sensitivity:
     layers: Tensor
 
 
-def sensitivities(model: Any, examples: Iterable[tuple[str, Encoded]], wanted: Set[str]) -> Sensitivity:
+@dataclass(frozen=True)
+class Partial:
+    """The sums after so many examples of a process's share."""
+
+    done: int
+    sums: Sensitivity
+
+
+def sensitivities(
+    model: Any,
+    examples: Sequence[tuple[str, Encoded]],
+    wanted: Set[str],
+    *,
+    begun: Partial | None = None,
+    keep: Callable[[Partial], None] | None = None,
+    group: Group | None = None,
+) -> Sensitivity:
     """Sum the sensitivity over examples, one at a time; the loss is the mean over an example's supervised tokens.
 
     A gradient is folded into the sums and freed as soon as it exists, so beside the weights only the sums of the
@@ -40,13 +58,21 @@ def sensitivities(model: Any, examples: Iterable[tuple[str, Encoded]], wanted: S
         model: its parameters get no gradient in the end, and do not change.
         examples: with their ids.
         wanted: names of the parameters whose sums to keep.
+        begun: where an interrupted run was; it goes on from there and ends in the same numbers.
+        keep: is given the sums so far after every example, which change afterwards.
+        group: the processes that divide the examples; every one gets all sums, added up in the order of ranks.
 
     Raises:
         UserError: a loss or a gradient that is not finite, naming example and parameter.
     """
+    group = group or Group()
     parameters = dict(model.named_parameters())
-    sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in sorted(wanted)}
-    per_layer = [0.0] * model.config.num_hidden_layers
+    if begun is None:
+        zeros = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in sorted(wanted)}
+        layers = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+        begun = Partial(0, Sensitivity(zeros, layers))
+    sums = {name: tensor.to(parameters[name].device) for name, tensor in begun.sums.weights.items()}
+    per_layer = begun.sums.layers.tolist()
     broken: list[str] = []
 
     def folding(name: str) -> Any:
@@ -67,22 +93,28 @@ def sensitivities(model: Any, examples: Iterable[tuple[str, Encoded]], wanted: S
 
         return fold
 
+    mine = group.share(examples)
     handles = []
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
             handles.append(parameter.register_post_accumulate_grad_hook(folding(name)))
-        for id, example in examples:
+        for done, (id, example) in enumerate(track(mine[begun.done :], "examples"), start=begun.done + 1):
             loss = example_losses(model, [example]).sum()
             if not bool(loss.isfinite()):
                 raise UserError(f"example {id}: its loss is {float(loss)}; use a wider dtype")
             loss.backward()
             if broken:
                 raise UserError(f"example {id}: the gradient of {broken[0]} is not finite; use a wider dtype")
+            if keep is not None:
+                keep(Partial(done, Sensitivity(sums, torch.tensor(per_layer, dtype=torch.float64))))
     finally:
         for handle in handles:
             handle.remove()
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-    return Sensitivity(sums, torch.tensor(per_layer, dtype=torch.float64))
+    layers = group.add_up(torch.tensor(per_layer, dtype=torch.float64))
+    if group.size > 1:
+        sums = {name: group.add_up(tensor) for name, tensor in sums.items()}
+    return Sensitivity(sums, layers)

@@ -31,6 +31,7 @@ from pkt_stages.models import adapters, lora
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.load import weights_hash
 from pkt_stages.models.recipe import Recipe
+from pkt_stages.parallel import Group
 from pkt_stages.progress import track
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -89,6 +90,7 @@ def train_seeds(
     device: str,
     base_model: str,
     log: Log,
+    group: Group | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train each seed whose scratch folder holds no result; the records by seed.
 
@@ -98,26 +100,36 @@ def train_seeds(
         trainer: makes the Trainer from it and the values for its TrainingArguments.
         base_model: the target's name, for the adapter's config.
         log: receives the numbers of each step.
+        group: the processes that divide every batch.
 
     Raises:
-        UserError: a loss that is not finite, or several GPUs.
+        UserError: a loss that is not finite, several GPUs for one process, or a batch that cannot be divided.
     """
-    if device not in ("cpu", "auto") and torch.cuda.device_count() > 1:
+    group = group or Group()
+    if group.size == 1 and device not in ("cpu", "auto") and torch.cuda.device_count() > 1:
         # Trainer would split batches over them.
-        raise UserError(f"{torch.cuda.device_count()} GPUs are visible, training uses one; set CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible, one process trains on one; set CUDA_VISIBLE_DEVICES, or"
+            " start one process per GPU with torchrun"
+        )
+    if recipe.batch_size % group.size:
+        raise UserError(f"batch_size {recipe.batch_size} cannot be divided among {group.size} processes")
     records = {}
     for seed in seeds:
         folder = folder_of(seed)
+        group.wait()  # or one process would find what another one has just finished
         record = _finished(folder)
+        group.wait()
         if record is None:
             record = _train(
                 seed,
                 folder,
                 start=start,
                 trainer=trainer,
-                arguments=_arguments(recipe, folder / "trainer", seed, micro_batch_size, device),
+                arguments=_arguments(recipe, folder / "trainer", seed, micro_batch_size, device, group.size),
                 base_model=base_model,
                 log=log,
+                group=group,
             )
             gc.collect()  # a Trainer holds its model in a cycle
         else:
@@ -223,14 +235,17 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _arguments(recipe: Recipe, folder: Path, seed: int, micro_batch_size: int, device: str) -> dict[str, Any]:
+def _arguments(
+    recipe: Recipe, folder: Path, seed: int, micro_batch_size: int, device: str, num_processes: int
+) -> dict[str, Any]:
     """Values for TrainingArguments."""
-    micro = max(n for n in range(1, min(micro_batch_size, recipe.batch_size) + 1) if recipe.batch_size % n == 0)
+    part = recipe.batch_size // num_processes
+    micro = max(n for n in range(1, min(micro_batch_size, part) + 1) if part % n == 0)
     return {
         "output_dir": str(folder),
         "num_train_epochs": recipe.epochs,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": recipe.batch_size // micro,
+        "gradient_accumulation_steps": part // micro,
         "learning_rate": recipe.lr,
         "lr_scheduler_type": _SCHEDULES[recipe.lr_schedule],
         "warmup_steps": recipe.warmup_ratio,
@@ -266,6 +281,7 @@ def _train(
     arguments: dict[str, Any],
     base_model: str,
     log: Log,
+    group: Group,
 ) -> dict[str, Any]:
     from transformers import set_seed
 
@@ -275,9 +291,10 @@ def _train(
     # What was subtracted from the base must be what an interrupted run subtracted, or its checkpoints do not fit.
     begun = {"initial_hash": _hash(first)}
     checkpoints = Path(arguments["output_dir"])
-    if not _same(folder / "begun.json", begun):
+    if group.is_first and not _same(folder / "begun.json", begun):
         shutil.rmtree(checkpoints, ignore_errors=True)
         artifacts.write_json(folder / "begun.json", begun)
+    group.wait()
     run = trainer(started, arguments)
     run.remove_callback(PrinterCallback)
     watch = _Watch(seed, log)
@@ -287,7 +304,6 @@ def _train(
 
     trained = lora.adapter_of(run.model, started.alpha)
     result = trained if started.subtracted is None else trained.minus(started.subtracted)
-    adapters.save_adapter(folder / "adapter", result, base_model=base_model)
     steps = _steps(run.state.log_history)
     record = {
         **started.facts,
@@ -297,8 +313,10 @@ def _train(
         "loss_by_epoch": _by_epoch(steps, run.args.num_train_epochs),
         "steps": steps,
     }
-    artifacts.write_json(folder / "record.json", record)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if group.is_first:
+        adapters.save_adapter(folder / "adapter", result, base_model=base_model)
+        artifacts.write_json(folder / "record.json", record)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return record
 
 
@@ -376,4 +394,5 @@ class _Watch(TrainerCallback):
             self._log(_named(self._seed, step))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()

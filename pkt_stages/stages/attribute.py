@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -17,7 +17,9 @@ from pkt_stages.encoding import Located, Template, locate
 from pkt_stages.errors import UserError
 from pkt_stages.examples import read_examples
 from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.parallel import Group, joined
 from pkt_stages.progress import track
+from pkt_stages.scratch import Shards, fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +54,22 @@ class AttributeParams:
             raise ValueError("num_top and num_lens_tokens must be at least 1")
 
 
-def run(model: Any, located: list[Located], params: AttributeParams) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Attribute on a loaded model.
+class Units(Protocol):
+    """Finished parts of the work by name, each some tensors: a dict, or files that outlive a killed process."""
+
+    def get(self, name: str) -> dict[str, Tensor] | None: ...
+
+    def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None: ...
+
+
+def run(
+    model: Any, located: list[Located], params: AttributeParams, units: Units | None = None, group: Group | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Attribute on a loaded model: a forward pass per example, then layer by layer all examples at once.
+
+    Args:
+        units: examples and layers that are done already, and where to put the others.
+        group: the processes that divide examples and layers; they share `units`.
 
     Returns:
         The tensors of an `attribution` artifact, and the share of pairs that took the plain path, per module.
@@ -61,21 +77,31 @@ def run(model: Any, located: list[Located], params: AttributeParams) -> tuple[di
     import torch
 
     from pkt_stages.core import attribution as core
-    from pkt_stages.models.capture import capture, lens
+    from pkt_stages.models.capture import Captured, capture, lens
     from pkt_stages.models.sites import as_rows, geometry, weight_name
 
+    units = {} if units is None else units
+    group = group or Group()
+
+    def kept(name: str) -> dict[str, Tensor]:
+        found = units.get(name)
+        assert found is not None, name
+        return found
+
+    for i in track(group.share(range(len(located))), "forward passes"):
+        if units.get(f"example_{i}") is None:
+            units[f"example_{i}"] = vars(capture(model, located[i].context))
+    group.wait()
     sizes = geometry(model.config)
-    captured = [capture(model, item.context) for item in track(located, "forward passes")]
-    token = torch.tensor([item.predicted for item in located], device=captured[0].logits.device)
     unembedding, eps = lens(model)
+    home = unembedding.device
+    captured = [Captured(**{k: t.to(home) for k, t in kept(f"example_{i}").items()}) for i in range(len(located))]
+    token = torch.tensor([item.predicted for item in located], device=home)
     centred = core.centred(unembedding)
     final = torch.stack([c.final for c in captured])
     # The norms differ only in the divisor, so they ride along as further examples.
     divisor = torch.cat([core.lens_divisor(final, eps, norm) for norm in params.norms])
     repeated = token.repeat(len(params.norms))
-    scores: dict[str, list[Tensor]] = {"ffn": [], "attn": []}
-    gains: dict[str, list[Tensor]] = {"ffn": [], "attn": []}
-    plain = {"ffn": 0, "attn": 0}
 
     def stacked(name: str, layer: int) -> Tensor:
         return torch.stack([getattr(c, name)[layer] for c in captured])
@@ -84,13 +110,17 @@ def run(model: Any, located: list[Located], params: AttributeParams) -> tuple[di
         return core.log_probabilities(unembedding, residual.repeat(len(params.norms), 1), divisor)
 
     kinds = {"all_positions": "attn_coefficients", "last_position": "attn_coefficients_last"}
-    for layer in track(range(sizes.num_layers), "layers"):
+    for layer in track(group.share(range(sizes.num_layers)), "layers"):
+        if units.get(f"layer_{layer}") is not None:
+            continue
         before = stacked("layer_input", layer)
         between = before + stacked("attn_output", layer)
         p_before, p_between = log_p(before), log_p(between)
         p_after = log_p(between + stacked("ffn_output", layer))
-        gains["attn"].append(core.block_gain(p_before, p_between, repeated))
-        gains["ffn"].append(core.block_gain(p_between, p_after, repeated))
+        made = {
+            "attn_gain": core.block_gain(p_before, p_between, repeated),
+            "ffn_gain": core.block_gain(p_between, p_after, repeated),
+        }
         for module, site, base, names in (
             ("attn", "attn_o", p_before, [kinds[c] for c in params.coefficients]),
             ("ffn", "ffn_down", p_between, ["ffn_coefficients"]),
@@ -99,24 +129,30 @@ def run(model: Any, located: list[Located], params: AttributeParams) -> tuple[di
             subvalues = rows.to(base.device).float().contiguous()
             c = torch.stack([stacked(name, layer).repeat(len(params.norms), 1) / divisor[:, None] for name in names])
             found = core.neuron_scores(subvalues, centred, base, c, repeated, tolerance=params.tolerance_nats)
-            scores[module].append(found.values.cpu())
-            plain[module] += found.num_plain
+            made[module] = found.values
+            made[f"{module}_plain"] = torch.tensor([found.num_plain])
+        units[f"layer_{layer}"] = {name: tensor.cpu() for name, tensor in made.items()}
+    group.wait()
 
+    layers = [kept(f"layer_{layer}") for layer in range(sizes.num_layers)]
     # [variant, norm * example, layer, neuron] -> one [example, layer, neuron] per variant.
-    attn = torch.stack(scores["attn"], dim=2).unflatten(1, (len(params.norms), -1))
-    ffn = torch.stack(scores["ffn"], dim=2).unflatten(1, (len(params.norms), -1))
+    scores = {
+        module: torch.stack([layer[module] for layer in layers], dim=2).unflatten(1, (len(params.norms), -1))
+        for module in ("ffn", "attn")
+    }
     tensors: dict[str, Tensor] = {"predicted_token": token}
     for n, norm in enumerate(params.norms):
-        tensors[f"ffn_scores.{norm}"] = ffn[0, n]
+        tensors[f"ffn_scores.{norm}"] = scores["ffn"][0, n]
         for c_index, coefficient in enumerate(params.coefficients):
-            tensors[f"attn_scores.{norm}.{coefficient}"] = attn[c_index, n]
+            tensors[f"attn_scores.{norm}.{coefficient}"] = scores["attn"][c_index, n]
         for module in ("ffn", "attn"):
-            gain = torch.stack(gains[module], dim=1).unflatten(0, (len(params.norms), -1))
-            tensors[f"{module}_gain.{norm}"] = gain[n]
-    for module, site, values, name in (
-        ("ffn", "ffn_down", ffn[0, 0], "ffn_coefficients"),
-        ("attn", "attn_o", attn[0, 0], kinds[params.coefficients[0]]),
+            gain = torch.stack([layer[f"{module}_gain"] for layer in layers], dim=1)
+            tensors[f"{module}_gain.{norm}"] = gain.unflatten(0, (len(params.norms), -1))[n]
+    for module, site, name in (
+        ("ffn", "ffn_down", "ffn_coefficients"),
+        ("attn", "attn_o", kinds[params.coefficients[0]]),
     ):
+        values = scores[module][0, 0]
         count = min(params.num_top, values[0].numel())
         best = values.flatten(1).sort(descending=True, stable=True).indices[:, :count]
         where = torch.stack([best // values.shape[-1], best % values.shape[-1]], dim=-1)
@@ -132,7 +168,7 @@ def run(model: Any, located: list[Located], params: AttributeParams) -> tuple[di
             )
             tokens.append(core.lens_tokens(vectors, centred, min(params.num_lens_tokens, len(centred))))
         tensors[f"top_tokens.{module}"] = torch.stack(tokens)
-    share = {m: plain[m] / (len(located) * sum(s[:, 0].numel() for s in scores[m]) * len(params.norms)) for m in plain}
+    share = {m: sum(int(layer[f"{m}_plain"]) for layer in layers) / scores[m].numel() for m in ("ffn", "attn")}
     return tensors, share
 
 
@@ -144,25 +180,40 @@ def attribute(
     out: Annotated[Path, typer.Option(help="Where to write the attribution (.safetensors).")],
     revision: Annotated[str | None, typer.Option(help="Hub revision (commit hash).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto (sharded).", envvar="PKT_DEVICE")] = "cpu",
+    scratch: Annotated[
+        Path, typer.Option(help="Folder for finished examples and layers, to go on after a kill.", envvar="PKT_SCRATCH")
+    ] = Path(".scratch"),
 ) -> None:
-    """Score every FFN and attention neuron of a model by how much it raises the answer's last token (nats)."""
+    """Score every FFN and attention neuron of a model by how much it raises the answer's last token (nats).
+
+    Several processes (torchrun) divide examples and layers, each with the whole model; the bytes are the same.
+    """
     from dataclasses import asdict
+
+    import torch
 
     from pkt_stages.models.load import check_device, identity, load_config, load_model, load_tokenizer, resolve
     from pkt_stages.models.sites import geometry
 
     watch = Stopwatch()
     ref = resolve(model, revision)
-    check_device(device)
-    config = load_config(ref)
-    tokenizer = load_tokenizer(ref)
-    sets = [(path.stem, example) for path in examples for example in read_examples(path)]
-    limit = getattr(config, "max_position_embeddings", None) or 2**31
-    located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
-    loaded = load_model(ref, dtype=params.dtype, device=device)
-    tensors, plain_share = run(loaded, located, params)
+    with joined() as group:
+        device = group.device(device)
+        check_device(device)
+        config = load_config(ref)
+        tokenizer = load_tokenizer(ref)
+        sets = [(path.stem, example) for path in examples for example in read_examples(path)]
+        limit = getattr(config, "max_position_embeddings", None) or 2**31
+        located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
+        named = identity(ref)
+        facts = [named, [vars(item) for item in located], asdict(params), torch.__version__, device.split(":")[0]]
+        shards = Shards(scratch, f"attribute-{fingerprint(facts, [])}")
+        tensors, plain_share = run(load_model(ref, dtype=params.dtype, device=device), located, params, shards, group)
+        group.wait()
+        if not group.is_first:
+            return
     meta = {
-        "model": identity(ref),
+        "model": named,
         "geometry": asdict(geometry(config)),
         "examples": [{"set": name, "id": example.id} for name, example in sets],
         "predicted": [tokenizer.decode([item.predicted]) for item in located],
@@ -175,6 +226,7 @@ def attribute(
             bad = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise UserError(f"{model}: {name} of example {sets[bad][1].id} is NaN or infinite; try --dtype float32")
     artifacts.save(out, "attribution", tensors, meta)
+    shards.remove()
     sizes = geometry(config)
     neurons = sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons)
     watch.summary("attribute", f"{neurons:,} neurons on {len(located)} examples", out)

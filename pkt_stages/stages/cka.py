@@ -17,6 +17,7 @@ import typer
 
 from pkt_stages.errors import UserError
 from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.parallel import Group, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +46,19 @@ class CkaParams:
 
 
 def run(
-    models: Sequence[Any], texts: Sequence[list[list[int]]], params: CkaParams, *, micro_batch_size: int
+    models: Sequence[Any],
+    texts: Sequence[list[list[int]]],
+    params: CkaParams,
+    *,
+    micro_batch_size: int,
+    group: Group | None = None,
 ) -> dict[str, Tensor]:
     """CKA by site, [first layer, second layer] float64.
 
     Args:
         models: two of them.
         texts: the token ids of the same texts, for either model.
+        group: the processes that divide a minibatch's forward passes.
 
     Raises:
         UserError: too few samples, or a layer whose features do not vary.
@@ -60,6 +67,7 @@ def run(
     from pkt_stages.models.sites import SITES
     from pkt_stages.progress import track
 
+    group = group or Group()
     places = range(len(texts[0]))
     per_text = params.reduction == "per_sequence"
     batches = [range(i, i + 1) for i in places] if per_text else minibatches(len(places), params.batch_size)
@@ -67,7 +75,7 @@ def run(
     for batch in track(batches, "minibatches"):
         try:
             first, second = (
-                grams(model, [own[i] for i in batch], params.reduction, micro_batch_size)
+                grams(model, [own[i] for i in batch], params.reduction, micro_batch_size, group)
                 for model, own in zip(models, texts, strict=True)
             )
         except ValueError as error:
@@ -83,8 +91,13 @@ def run(
     return similarity
 
 
-def grams(model: Any, texts: Sequence[list[int]], reduction: Reduction, micro_batch_size: int) -> dict[str, Tensor]:
-    """Centred Gram matrices of one minibatch by site, [layer, sample, sample] float64; one pass through the model."""
+def grams(
+    model: Any, texts: Sequence[list[int]], reduction: Reduction, micro_batch_size: int, group: Group
+) -> dict[str, Tensor]:
+    """Centred Gram matrices of one minibatch by site, [layer, sample, sample] float64; one pass through the model.
+
+    Samples are ordered by process; CKA does not depend on their order, if it is the same for either model.
+    """
     import torch
 
     from pkt_stages.core.similarity import centred_gram
@@ -92,7 +105,14 @@ def grams(model: Any, texts: Sequence[list[int]], reduction: Reduction, micro_ba
     from pkt_stages.models.losses import home
 
     tokens = "all" if reduction == "per_sequence" else reduction
-    found = features(model, texts, tokens=tokens, micro_batch_size=micro_batch_size)
+    mine = group.share(texts)
+    found = features(model, mine, tokens=tokens, micro_batch_size=micro_batch_size) if mine else {}
+    if group.size > 1:
+        parts = [p for p in group.gather({s: [t.cpu() for t in layers] for s, layers in found.items()}) if p]
+        found = {
+            site: [torch.cat(layer).to(home(model)) for layer in zip(*(part[site] for part in parts), strict=True)]
+            for site in parts[0]
+        }
     return {
         site: torch.stack([centred_gram(layer).to(home(model)) for layer in outputs]) for site, outputs in found.items()
     }
@@ -118,14 +138,16 @@ def cka(
         int, typer.Option(min=1, help="Texts per forward pass; changes memory.", envvar="PKT_MICRO_BATCH")
     ] = 8,
 ) -> None:
-    """Compare what two models compute on the same texts: CKA of their layers, site by site."""
+    """Compare what two models compute on the same texts: CKA of their layers, site by site.
+
+    Several processes (torchrun) divide the texts, each with both models.
+    """
     from pkt_stages import artifacts
     from pkt_stages.models import load
     from pkt_stages.models.inject import merged
     from pkt_stages.models.runs import labelled, load_run
 
     watch = Stopwatch()
-    load.check_device(device)
     refs = [load.resolve(first, first_revision), load.resolve(second, revision)]
     raw = read_texts(texts, params.num_texts)
     encoded = [encode_texts(ref, raw, texts, params) for ref in refs]
@@ -143,9 +165,14 @@ def cka(
             raise UserError(f"{delta}: has {len(runs)} runs, no number {run_number} (from 0)")
         label = list(runs)[run_number]
         change = load_run(runs[label])
-    models = [load.load_model(ref, dtype=dtype, device=device) for ref in refs]
-    with merged(models[1], change) if change is not None else nullcontext():
-        found = run(models, encoded, params, micro_batch_size=micro_batch_size)
+    with joined() as group:
+        device = group.device(device)
+        load.check_device(device)
+        models = [load.load_model(ref, dtype=dtype, device=device) for ref in refs]
+        with merged(models[1], change) if change is not None else nullcontext():
+            found = run(models, encoded, params, micro_batch_size=micro_batch_size, group=group)
+        if not group.is_first:
+            return
     meta: dict[str, Any] = {
         "first": load.identity(refs[0]),
         "second": load.identity(refs[1]),

@@ -17,6 +17,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import training_file
 from pkt_stages.models.recipe import Recipe, Schedule, check_adapter_settings
 from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.parallel import joined
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def finetune(
         ),
     ] = 4,
 ) -> None:
-    """Train LoRA adapters on examples, one per seed: PostPKT (random, PiSSA, Seeking) and SeqKD."""
+    """Train LoRA adapters on examples, one per seed: PostPKT (random, PiSSA, Seeking) and SeqKD.
+
+    Several processes (torchrun, accelerate) divide every batch, each with the whole model.
+    """
     from pkt_stages import artifacts
     from pkt_stages.curves import curve_writer
     from pkt_stages.models import load, lora, training
@@ -95,7 +99,6 @@ def finetune(
     if (submatrices is not None) != (params.init == "seeking"):
         needed = "needs --submatrices (from `pkt seek`)" if submatrices is None else "has no use for --submatrices"
         raise UserError(f"method {method}: init {params.init} {needed}")
-    load.check_device(device)
     training.check_out(out)
     ref = load.resolve(target, revision)
     identity = load.identity(ref)
@@ -133,19 +136,26 @@ def finetune(
     settings = {name: value for name, value in asdict(params).items() if name != "seeds"}
     facts = ["finetune", identity, settings, [asdict(e) for e in examples], device, micro_batch_size]
     files = [submatrices] if submatrices is not None else []
-    folders = {seed: scratch / f"finetune-{fingerprint([*facts, seed], files)}" for seed in params.seeds}
-    with curve_writer(curves) as log:
-        records = training.train_seeds(
-            params.seeds,
-            folder_of=folders.__getitem__,
-            start=start,
-            trainer=trainer,
-            recipe=params.recipe(),
-            micro_batch_size=micro_batch_size,
-            device=device,
-            base_model=str(identity["name"]),
-            log=log,
-        )
+    with joined() as group:
+        device = group.device(device)
+        load.check_device(device)
+        facts += [group.size] if group.size > 1 else []
+        folders = {seed: scratch / f"finetune-{fingerprint([*facts, seed], files)}" for seed in params.seeds}
+        with curve_writer(curves if group.is_first else None) as log:
+            records = training.train_seeds(
+                params.seeds,
+                folder_of=folders.__getitem__,
+                start=start,
+                trainer=trainer,
+                recipe=params.recipe(),
+                micro_batch_size=micro_batch_size,
+                device=device,
+                base_model=str(identity["name"]),
+                log=log,
+                group=group,
+            )
+        if not group.is_first:
+            return
     training.publish(out, folders)
     result: dict[str, Any] = {
         "method": method,

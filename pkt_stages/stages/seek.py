@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pkt_stages.encoding import Labels, Template
+from pkt_stages.encoding import Encoded, Labels, Template
 from pkt_stages.errors import UserError
 from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.parallel import Group, joined
+from pkt_stages.scratch import Seldom, Shards, fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
     from torch import Tensor
 
+    from pkt_stages.models.load import ModelRef
+    from pkt_stages.models.sensitivity import Sensitivity
     from pkt_stages.models.sites import Geometry
 
 
@@ -96,8 +100,15 @@ def seek(
     source_revision: Annotated[str | None, typer.Option(help="The source's hub revision (commit hash).")] = None,
     revision: Annotated[str | None, typer.Option(help="The target's hub revision (commit hash).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto (sharded).", envvar="PKT_DEVICE")] = "cpu",
+    scratch: Annotated[
+        Path, typer.Option(help="Folder for the sums so far, to go on after a kill.", envvar="PKT_SCRATCH")
+    ] = Path(".scratch"),
 ) -> None:
-    """Find the source's most sensitive layers, and in each weight the block that the target's weight takes."""
+    """Find the source's most sensitive layers, and in each weight the block that the target's weight takes.
+
+    Several processes (torchrun) divide the examples, each with the whole model. The sums are saved so seldom that it
+    costs at most a tenth of the time.
+    """
     import torch
 
     from pkt_stages import artifacts
@@ -106,12 +117,9 @@ def seek(
     from pkt_stages.examples import read_examples
     from pkt_stages.models import load
     from pkt_stages.models.rows import Checkpoint
-    from pkt_stages.models.sensitivity import sensitivities
     from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, geometry, module_name
-    from pkt_stages.progress import track
 
     watch = Stopwatch()
-    load.check_device(device)
     refs = {"source": load.resolve(source, source_revision), "target": load.resolve(target, revision)}
     configs = {side: load.load_config(ref) for side, ref in refs.items()}
     sizes = {side: geometry(config) for side, config in configs.items()}
@@ -124,12 +132,18 @@ def seek(
         (e.id, encode(tokenizer, e, template=params.template, max_length=params.max_length, labels=params.labels))
         for e in read_examples(examples)
     ]
-    model = load.load_model(refs["source"], dtype=params.dtype, device=device)
     # Which layers count is known in the end only, so the sums of all of them are kept: one copy of these weights.
     wanted = {
         f"{module_name(weight, layer)}.weight" for weight in weights for layer in range(sizes["source"].num_layers)
     }
-    found = sensitivities(model, track(encoded, "examples"), wanted)
+    models = {side: {"model": load.identity(ref), "geometry": asdict(sizes[side])} for side, ref in refs.items()}
+    run_of = [models["source"], [vars(e) for _, e in encoded], sorted(wanted), params.dtype, torch.__version__, device]
+    with joined() as group:
+        shards = Shards(scratch, f"seek-{fingerprint([*run_of, group.size], [])}")
+        found = sum_up(refs["source"], encoded, wanted, shards, group, dtype=params.dtype, device=device)
+        group.wait()
+        if not group.is_first:
+            return
     layers = top_layers(found.layers, sizes["target"].num_layers)
     blocks = run(found.weights, layers.tolist(), weights, sizes["target"])
     checkpoint = Checkpoint(refs["source"])
@@ -140,7 +154,6 @@ def seek(
         tensors[f"{block.weight}.block.{block.layer}"] = values
     for weight in weights:
         tensors[f"{weight}.corner"] = torch.tensor([b.corner for b in blocks if b.weight == weight])
-    models = {side: {"model": load.identity(ref), "geometry": asdict(sizes[side])} for side, ref in refs.items()}
     facts: dict[str, Any] = {"examples": [id for id, _ in encoded], "params": asdict(params), **models}
     artifacts.save(out, "submatrices", tensors, facts)
     artifacts.write_json(
@@ -153,9 +166,45 @@ def seek(
             **facts,
         },
     )
+    shards.remove()
     mean_share = sum(block.share for block in blocks) / len(blocks)
     what = f"source layers {layers.tolist()}, {len(blocks)} blocks with {mean_share:.0%} of their weights' sensitivity"
     watch.summary("seek", what, out)
+
+
+def sum_up(
+    source: ModelRef,
+    examples: Sequence[tuple[str, Encoded]],
+    wanted: Set[str],
+    shards: Shards,
+    group: Group,
+    *,
+    dtype: str,
+    device: str,
+) -> Sensitivity:
+    """The source's sensitivity over all examples, going on from the sums in `shards`."""
+    import torch
+
+    from pkt_stages.models.load import check_device, load_model
+    from pkt_stages.models.sensitivity import Partial, Sensitivity, sensitivities
+
+    device = group.device(device)
+    check_device(device)
+    seldom = Seldom()
+    name = f"sums_{group.rank}"
+
+    def keep(partial: Partial) -> None:
+        counts = {"done": torch.tensor([partial.done]), "layers": partial.sums.layers}
+        seldom(lambda: shards.__setitem__(name, partial.sums.weights | counts))
+
+    saved = shards.get(name)
+    begun = None
+    if saved is not None:
+        done, layers = int(saved.pop("done")), saved.pop("layers")
+        begun = Partial(done, Sensitivity(saved, layers))
+    return sensitivities(
+        load_model(source, dtype=dtype, device=device), examples, wanted, begun=begun, keep=keep, group=group
+    )
 
 
 def check_sizes(source: Geometry, target: Geometry, weights: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ PLUMBING = {
     "pkt_stages/hub.py",
     "pkt_stages/examples.py",
     "pkt_stages/options.py",
+    "pkt_stages/parallel.py",
     "pkt_stages/params.py",
     "pkt_stages/progress.py",
     "pkt_stages/scratch.py",
