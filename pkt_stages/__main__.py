@@ -1,4 +1,4 @@
-"""The command `pkt`: one sub-command per stage. Bad input ends in one line on stderr and exit status 2."""
+"""The command `pkt`: one sub-command per stage, and tools. Bad input ends in one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from pkt_stages import warm
+from pkt_stages import launch, warm
 from pkt_stages.errors import UserError
 from pkt_stages.stages.align import align
 from pkt_stages.stages.attribute import attribute
@@ -41,16 +41,18 @@ app = typer.Typer(
 STAGES = (
     *(prepare, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
-    *(inspect, doctor),
 )
-for stage in STAGES:
-    app.command()(stage)
+TOOLS = (inspect, doctor)
+for command in (*STAGES, *TOOLS):
+    app.command()(command)
 
 
 def main() -> None:
     """Entry point: a UserError becomes one line, an interrupt a short word; anything else is a bug with a traceback."""
     try:
-        if warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
+        name, stages = "".join(sys.argv[1:2]), [stage.__name__ for stage in STAGES]
+        launch.launch(name, stages)
+        if name in stages and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
         app()
     except UserError as error:
