@@ -28,6 +28,7 @@ from pkt_stages.stages.similarity import similarity
 from pkt_stages.stages.unaligned import unaligned
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
+from pkt_stages.tools.sweep import sweep
 
 app = typer.Typer(
     name="pkt",
@@ -42,7 +43,7 @@ STAGES = (
     *(prepare, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
 )
-TOOLS = (inspect, doctor)
+TOOLS = (inspect, doctor, sweep)
 for command in (*STAGES, *TOOLS):
     app.command()(command)
 
@@ -52,6 +53,7 @@ def main() -> None:
     try:
         name, stages = "".join(sys.argv[1:2]), [stage.__name__ for stage in STAGES]
         launch.launch(name, stages)
+        # Tools work here: `sweep` starts stages of its own, which must find the variable.
         if name in stages and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
         app()
