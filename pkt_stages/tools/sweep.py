@@ -135,13 +135,15 @@ class Run:
                 pass_fds=[self.lock],
             )
 
-    def status(self) -> int | None:
-        """The exit status, or None as long as it runs."""
+    def status(self, stopping: bool) -> int | None:
+        """The exit status, or None as long as it runs; the next command line is begun unless all is to stop."""
         status = self.process.poll()
-        if status == 0 and self.commands and not self.signalled:
-            self._next()
-            return None
-        return status
+        if status != 0 or not self.commands:
+            return status
+        if stopping:
+            return 130
+        self._next()
+        return None
 
     def send(self, number: int) -> None:
         """Send a signal, once, to all that DVC has started. DVC sees its command fail, and cleans up."""
@@ -203,7 +205,7 @@ class Driver:
                 return
             time.sleep(TICK_SECONDS)
             for stage, run in list(self._runs.items()):
-                if (status := run.status()) is not None:
+                if (status := run.status(bool(signals))) is not None:
                     self._end(stage, run, status, bool(signals))
                     look = True
 

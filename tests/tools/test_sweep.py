@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,9 +21,11 @@ from pkt_stages.tools.sweep import environments
 ROOT = Path(__file__).parents[2]
 PKT = (sys.executable, "-m", "pkt_stages")
 UPSTREAM = {"a": ["in"], "b": ["in"], "c": ["a", "b"], "d": ["b"], "e": ["d"]}
-# A stage says when it started and on what, waits while there is a file hold.NAME, and fails if FAIL names it.
+# A stage says when it started and on what, waits while there is a file hold.NAME, and fails if FAIL names it; if
+# STUBBORN names it, it ignores SIGTERM.
 SCRIPT = """#!/bin/sh
 name=$1; shift
+[ "$STUBBORN" = $name ] && trap '' TERM
 echo "$name start $CUDA_VISIBLE_DEVICES" >> events
 while [ -e hold.$name ]; do sleep 0.05; done
 [ "$FAIL" = $name ] && { echo "$name breaks"; exit 3; }
@@ -60,6 +63,13 @@ def begin(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for_starts(folder: Path, count: int, driver: subprocess.Popen[str]) -> None:
+    path = folder / "events"
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert driver.poll() is None
+        time.sleep(0.05)
 
 
 def finish(driver: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -138,8 +148,7 @@ def test_it_does_what_repro_does_with_two_at_a_time(project: Path, tmp_path: Pat
     (project / "hold.a").touch()
     (project / "hold.b").touch()
     driver = begin(project, "--gpus", "0+1,3")
-    while len((project / "events").read_text().splitlines() if (project / "events").exists() else []) < 2:
-        assert driver.poll() is None
+    wait_for_starts(project, 2, driver)
     (project / "hold.a").unlink()
     (project / "hold.b").unlink()
     status, out, err = finish(driver)
@@ -195,15 +204,19 @@ def test_a_failure_lets_the_running_finish_and_starts_nothing(project: Path) -> 
     assert sorted(started(project)) == ["a", "c"]
 
 
-def test_one_driver_at_a_time_and_an_interrupt_that_leaves_dvc_in_order(project: Path) -> None:
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_one_driver_at_a_time_and_an_interrupt_that_leaves_dvc_in_order(project: Path, stubborn: bool) -> None:
     (project / "hold.b").touch()
-    driver = begin(project, "--workers", "2")
+    driver = begin(project, "--workers", "2", STUBBORN="b" if stubborn else "")
     read_until(driver.stderr, "ran        a")
     message = sweep(project, status=2)
     assert message.startswith(f"pkt: error: another sweep runs on this repository (process {driver.pid} on ")
     assert message.count("\n") == 1
 
     driver.send_signal(signal.SIGINT)
+    read_until(driver.stderr, "stopping")
+    if stubborn:  # the second one kills
+        driver.send_signal(signal.SIGINT)
     status, out, err = finish(driver)
     assert status == 130
     assert "stopped    b" in err
@@ -217,9 +230,7 @@ def test_one_driver_at_a_time_and_an_interrupt_that_leaves_dvc_in_order(project:
 def test_a_killed_driver_holds_the_repository_until_its_stages_have_ended(project: Path) -> None:
     (project / "hold.a").touch()
     driver = begin(project, "a")
-    read_until(driver.stderr, "start      a")
-    while not (project / "events").exists():
-        assert driver.poll() is None
+    wait_for_starts(project, 1, driver)
     driver.kill()
     driver.wait()
     assert "if it was killed, its last stages are still running" in sweep(project, "a", status=2)
