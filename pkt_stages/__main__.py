@@ -1,14 +1,13 @@
-"""The command `pkt`: one sub-command per stage. Bad input ends in one line on stderr and exit status 2."""
+"""The command `pkt`: one sub-command per stage, and tools. Bad input ends in one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 import typer
 
-from pkt_stages import warm
+from pkt_stages import launch, warm
 from pkt_stages.errors import UserError
 from pkt_stages.stages.adopt import adopt
 from pkt_stages.stages.align import align
@@ -31,6 +30,7 @@ from pkt_stages.stages.texts import texts
 from pkt_stages.stages.unaligned import unaligned
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
+from pkt_stages.tools.sweep import sweep
 
 app = typer.Typer(
     name="pkt",
@@ -44,27 +44,21 @@ app = typer.Typer(
 STAGES = (
     *(prepare, texts, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, adopt, report),
-    *(inspect, doctor),
 )
-for stage in STAGES:
-    app.command()(stage)
-# What several processes can work on together (pkt_stages/parallel.py).
-DIVISIBLE = ("attribute", "seek", "cka", "finetune")
-
-
-def check_processes(arguments: Sequence[str]) -> None:
-    """Raise UserError if a launcher started several processes of a command that would do all its work in each."""
-    command = next((a for a in arguments if not a.startswith("-")), "")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in DIVISIBLE:
-        raise UserError(f"`pkt {command}` runs in one process; torchrun is for {', '.join(DIVISIBLE)}")
+TOOLS = (inspect, doctor, sweep)
+for command in (*STAGES, *TOOLS):
+    app.command()(command)
 
 
 def main() -> None:
     """Entry point: a UserError becomes one line, an interrupt a short word; anything else is a bug with a traceback."""
     try:
-        if warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
+        name, stages = "".join(sys.argv[1:2]), [stage.__name__ for stage in STAGES]
+        launch.launch(name, stages)
+        # Tools work here: `sweep` starts stages of its own, which must find the variable.
+        if name in stages and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
-        check_processes(sys.argv[1:])
+        launch.check_processes(name)
         app()
     except UserError as error:
         print(f"pkt: error: {error}", file=sys.stderr)
