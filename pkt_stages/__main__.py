@@ -28,8 +28,11 @@ from pkt_stages.stages.select import select
 from pkt_stages.stages.similarity import similarity
 from pkt_stages.stages.texts import texts
 from pkt_stages.stages.unaligned import unaligned
+from pkt_stages.tools.convert import convert
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
+from pkt_stages.tools.pin import pin
+from pkt_stages.tools.plan import plan
 from pkt_stages.tools.sweep import sweep
 
 app = typer.Typer(
@@ -45,7 +48,7 @@ STAGES = (
     *(prepare, texts, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, adopt, report),
 )
-TOOLS = (inspect, doctor, sweep)
+TOOLS = (plan, sweep, pin, convert, inspect, doctor)
 for command in (*STAGES, *TOOLS):
     app.command()(command)
 

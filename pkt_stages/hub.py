@@ -2,7 +2,9 @@
 
 A folder of models or data may hold a `hub.yaml` instead of files. A model's::
 
-    {repo: meta-llama/Llama-2-7b-chat-hf, revision: <commit>}
+    repo: meta-llama/Llama-2-7b-chat-hf
+    revision: <commit>
+    sizes: {num_layers: 32, ...}  # optional: what `pkt plan` goes by before the model is there
 
 A data set's names a repository for each of the pools that is not there as a file::
 
@@ -17,8 +19,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,12 +64,28 @@ def read_pointer(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_model_pointer(path: Path) -> tuple[str, str]:
-    """Repository and revision of a model."""
+@dataclass(frozen=True)
+class ModelPointer:
+    """A model on the hub.
+
+    Attributes:
+        sizes: of its geometry, for `pkt plan`, which has to do without the model; checked when it is loaded.
+    """
+
+    repo: str
+    revision: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_model_pointer(path: Path) -> ModelPointer:
+    """The model that a `hub.yaml` points to."""
     content = read_pointer(path)
-    if set(content) != {"repo", "revision"} or not all(isinstance(v, str) and v for v in content.values()):
+    needed = {"repo", "revision"}
+    texts = all(isinstance(content.get(name), str) and content[name] for name in needed)
+    sizes = content.get("sizes", {})
+    if not texts or set(content) - {*needed, "sizes"} or not isinstance(sizes, dict):
         raise UserError(f"{path}: expected the keys repo and revision with a text each, found {content!r}")
-    return content["repo"], content["revision"]
+    return ModelPointer(content["repo"], content["revision"], sizes)
 
 
 def read_data_pointer(path: Path, pool: str) -> Rows:
@@ -113,16 +131,17 @@ def read_hub_rows(rows: Rows) -> Iterator[dict[str, Any]]:
     )
 
 
-def commit_of(repo: str, revision: str, kind: str) -> str:
-    """Ask the hub for the commit that a revision stands for.
+def commit_of(repo: str, revision: str, kind: str) -> tuple[str, list[str]]:
+    """Ask the hub for the commit that a revision stands for, and the names of its files.
 
     Args:
         kind: `model` or `dataset`.
     """
     from huggingface_hub import HfApi
 
-    info = explained(repo, revision, lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind), f"the {kind}")
-    return str(info.sha)
+    ask: Callable[..., Any] = HfApi().repo_info
+    info = explained(repo, revision, lambda: ask(repo, revision=revision, repo_type=kind), f"the {kind}")
+    return str(info.sha), [file.rfilename for file in info.siblings or ()]
 
 
 def cached_commit(repo: str, revision: str | None) -> str | None:

@@ -24,11 +24,13 @@ class ModelRef:
 
     Attributes:
         chat_template: Jinja text that takes the place of the tokenizer's own.
+        sizes: of its geometry, as far as `hub.yaml` tells.
     """
 
     location: str
     revision: str | None = None
     chat_template: str | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -46,9 +48,10 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     folder = Path(model)
     pointer = folder / hub.POINTER
     if pointer.is_file():
-        repo, pinned = hub.read_model_pointer(pointer)
+        named = hub.read_model_pointer(pointer)
         template = folder / CHAT_TEMPLATE
-        return ModelRef(repo, revision or pinned, template.read_text(encoding="utf-8") if template.is_file() else None)
+        text = template.read_text(encoding="utf-8") if template.is_file() else None
+        return ModelRef(named.repo, revision or named.revision, text, tuple(sorted(named.sizes.items())))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
@@ -65,7 +68,13 @@ def load_config(ref: ModelRef) -> Any:
     config = hub.explained(
         ref.location, ref.revision, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision)
     )
-    geometry(config)
+    found = vars(geometry(config))
+    for name, size in ref.sizes:
+        # Padding rows come and go.
+        if name != "vocab_size" and found.get(name) != size:
+            raise UserError(
+                f"{ref.location}: {name} is {found.get(name)}, its hub.yaml says {size}; correct one of them"
+            )
     return config
 
 
