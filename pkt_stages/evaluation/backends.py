@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +175,11 @@ def _choose(logits: Tensor, generators: Sequence[Any], sampling: Sampling) -> li
 
 
 class VllmBackend:
-    """A model folder in vLLM, in this process."""
+    """A model folder in vLLM, in this process.
+
+    The variable PKT_VLLM holds further engine arguments as JSON, for what a machine needs and no result depends on:
+    `{"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}`. Several evaluations at once are `pkt sweep`'s affair.
+    """
 
     name = "vllm"
 
@@ -191,8 +196,9 @@ class VllmBackend:
     ) -> None:
         """
         Raises:
-            UserError: vLLM is not installed, or it refuses the model.
+            UserError: vLLM is not installed, PKT_VLLM is not understood, or vLLM refuses the model.
         """
+        more = engine_arguments(os.environ.get("PKT_VLLM", "{}"))
         # One process, so that the order of batches is the same every time; on a CPU 1 GiB of cache suffices for a test.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -208,17 +214,16 @@ class VllmBackend:
         self.identity = identity
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        # Samples of one prompt, and prompts with one beginning, share its keys and values.
+        arguments: dict[str, Any] = {
+            "enforce_eager": current_platform.is_cpu(),
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            **more,
+        }
         try:
-            self._llm = LLM(
-                model=folder,
-                revision=revision,
-                dtype=cast(Any, dtype),
-                seed=seed,
-                enforce_eager=current_platform.is_cpu(),
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-            )
-        except (ValueError, RuntimeError, OSError) as error:
+            self._llm = LLM(model=folder, revision=revision, dtype=cast(Any, dtype), seed=seed, **arguments)
+        except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise UserError(f"backend vllm: {folder}: {' '.join(str(error).split())[:300]}") from None
         config = self._llm.llm_engine.model_config
         self.dtype = str(config.dtype).removeprefix("torch.")
@@ -261,6 +266,24 @@ class VllmBackend:
         tokens: Any = [{"prompt_token_ids": p} for p in prompts]
         outputs = self._llm.generate(tokens, list(asked), use_tqdm=False)
         return [output.outputs[0] for output in outputs]
+
+
+def engine_arguments(text: str) -> dict[str, Any]:
+    """The content of PKT_VLLM.
+
+    Raises:
+        UserError: it is no JSON object, or sets what the stage sets.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f'PKT_VLLM: expected a JSON object such as {{"tensor_parallel_size": 2}}, found {text!r}')
+    taken = sorted({"model", "revision", "dtype", "seed"} & set(found))
+    if taken:
+        raise UserError(f"PKT_VLLM: {taken[0]} is not for it to set; results would depend on the environment")
+    return found
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation import engine
 from pkt_stages.evaluation.adapter import continuation_tokens
-from pkt_stages.evaluation.backends import HfBackend, Request, Sampling, VllmBackend, completion
+from pkt_stages.evaluation.backends import HfBackend, Request, Sampling, VllmBackend, completion, engine_arguments
 from pkt_stages.evaluation.engine import Decoding, evaluate_model
 from pkt_stages.evaluation.sandbox.pool import Verdict
 from pkt_stages.examples import Example, from_benchmark
@@ -302,3 +302,13 @@ def test_bad_input(backend: HfBackend, examples: list[Example], task: str, messa
 def test_decoding_that_makes_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(") + "$"):
         Decoding(**settings)
+
+
+def test_engine_arguments_for_vllm() -> None:
+    assert engine_arguments('{"tensor_parallel_size": 2}') == {"tensor_parallel_size": 2}
+    for text in ("2", "{", "[]"):
+        with pytest.raises(UserError, match="expected a JSON object such as"):
+            engine_arguments(text)
+    with pytest.raises(UserError) as caught:
+        engine_arguments('{"dtype": "float16"}')
+    assert str(caught.value) == "PKT_VLLM: dtype is not for it to set; results would depend on the environment"
