@@ -1,0 +1,102 @@
+"""One step of LaTen's alignment: the mapping evaluated once, against once per micro-batch, and its share of the step.
+
+The plain step maps the rows anew for every micro-batch and goes back through the mapping each time, as a training loop
+does that treats the mapping as part of the model. Both take the same examples and must agree on the gradient.
+
+    python -m benchmarks.align                      # a random target of 12 layers, d 576 -> 384, on a CPU
+    python -m benchmarks.align --full --device cuda # 13B -> 7B sizes: d 5120 -> 4096, 32 layers, float16
+"""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.cka import FULL, clock, random_model
+from pkt_stages.core import hypernetwork as core
+from pkt_stages.encoding import Encoded
+from pkt_stages.models.inject import SparseDelta, injected
+from pkt_stages.models.losses import example_losses, micro_batches
+from pkt_stages.models.sites import SITES, geometry
+
+SMALL = (384, 1024, 12, 6)
+D_SOURCE = {"small": 576, "full": FULL[0][0]}
+PENALTY = 1000.0
+
+
+def main(
+    examples: int = 16,
+    tokens: int = 128,
+    micro_batch: int = 4,
+    rate: float = 0.1,
+    full: bool = False,
+    device: str = "cpu",
+) -> None:
+    torch.set_num_threads(1)
+    model = random_model(FULL[1] if full else SMALL, device, torch.float16 if full else torch.float32)
+    model.requires_grad_(False)
+    sizes, d_source = geometry(model.config), D_SOURCE["full" if full else "small"]
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(8192, (examples, tokens), generator=draw).tolist()
+    batches = micro_batches([Encoded(row, row) for row in ids], micro_batch)
+    counts = {site: int(rate * (sizes.d_ff if site.startswith("ffn") else sizes.d_model)) for site in SITES}
+    layers = torch.arange(sizes.num_layers)
+    rows = {
+        site: (torch.randn(sizes.num_layers, count, d_source, generator=draw) * 0.02).to(device)
+        for site, count in counts.items()
+    }
+    made = core.init_weights(
+        SITES, d_source=d_source, d_hidden=d_source, d_target=sizes.d_model, std=1e-3, generator=draw
+    )
+    weights = {name: weight.to(device).requires_grad_() for name, weight in made.items()}
+
+    def losses(part: list[Encoded], deltas: dict[str, Tensor]) -> Tensor:
+        delta = {
+            site: SparseDelta(layers, torch.arange(counts[site]).repeat(sizes.num_layers, 1), deltas[site])
+            for site in SITES
+        }
+        with injected(model, delta):
+            return example_losses(model, part)
+
+    def once() -> None:
+        parts = [lambda deltas, part=part: losses(part, dict(deltas)) for part in batches]
+        core.backward(weights, rows, parts, penalty_weight=PENALTY, reduction="mean")
+
+    def per_micro_batch() -> None:
+        for weight in weights.values():
+            weight.grad = None
+        for part in batches:
+            deltas = core.forward(weights, rows)
+            share = len(part) / examples
+            (losses(part, deltas).sum() / examples + PENALTY * core.mean_square(deltas) * share).backward()
+
+    def model_only() -> None:
+        fixed = {site: part.detach().requires_grad_() for site, part in core.forward(weights, rows).items()}
+        for part in batches:
+            losses(part, fixed).sum().backward()
+
+    seconds, gradients = {}, {}
+    for name, step in (("once", once), ("per micro-batch", per_micro_batch), ("model only", model_only)):
+        step()  # allocates; not measured
+        start = clock(device)
+        for _ in range(3):
+            step()
+        seconds[name] = (clock(device) - start) / 3
+        gradients[name] = torch.cat([w.grad.flatten().double() for w in weights.values() if w.grad is not None])
+    error = float((gradients["once"] - gradients["per micro-batch"]).norm() / gradients["per micro-batch"].norm())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    mapping = 2 * (d_source**2 + d_source * sizes.d_model) * sum(counts.values()) * sizes.num_layers
+    print(f"torch {torch.__version__}, {device}, {examples} examples of {tokens} tokens, {len(batches)} micro-batches")
+    print(f"step with the mapping once {seconds['once']:.3f} s, per micro-batch {seconds['per micro-batch']:.3f} s:")
+    print(f"  ratio {seconds['per micro-batch'] / seconds['once']:.2f}, gradients agree to {error:.1e}")
+    print(f"outside the target's own passes: {100 * (1 - seconds['model only'] / seconds['once']):.0f} % of the step")
+    print(f"mapping: {3 * mapping / 1e12:.3f} TFLOP forward and back; peak memory {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
