@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 POINTER = "hub.yaml"
+INDEX = "model.safetensors.index.json"
+# Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -39,32 +43,62 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     folder = Path(model)
     pointer = folder / POINTER
     if pointer.is_file():
-        content = yaml.safe_load(pointer.read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(pointer.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{pointer}: not readable YAML ({' '.join(str(error).split())})") from None
         if not isinstance(content, dict) or set(content) != {"repo", "revision"}:
             raise UserError(f"{pointer}: expected the keys repo and revision, found {content!r}")
         return ModelRef(str(content["repo"]), revision or str(content["revision"]))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
+        if (folder / INDEX).is_file():
+            _check_index(folder / INDEX)
         return ModelRef(model, None)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
     return ModelRef(model, revision)
 
 
+def _check_index(path: Path) -> None:
+    """Raise UserError unless the index of a split checkpoint names files beside it; `identity` covers no others."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not readable as the index of a checkpoint") from None
+    for name in files:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise UserError(f"{path}: names {name!r}; expected safetensors files in the same folder")
+
+
 def load_config(ref: ModelRef) -> Any:
-    """The model's config; only supported architectures get through."""
+    """The model's config; only supported architectures and sizes get through, and none that bring their own code.
+
+    Raises:
+        UserError: see above, or a config that cannot be read.
+    """
     from transformers import AutoConfig
 
-    config = _explained(ref, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision))
-    geometry(config)
+    config = _explained(
+        ref, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False)
+    )
+    if getattr(config, "auto_map", None):
+        raise UserError(
+            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; use a model of"
+            " an architecture that transformers has"
+        )
+    if not 1 <= _explained(ref, lambda: geometry(config)).num_layers <= MAX_LAYERS:
+        raise UserError(f"{ref.location}: {config.num_hidden_layers} layers; expected 1 to {MAX_LAYERS}")
     return config
 
 
 def load_tokenizer(ref: ModelRef) -> Any:
     from transformers import AutoTokenizer
 
-    return _explained(ref, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision))
+    return _explained(
+        ref, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False)
+    )
 
 
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -75,7 +109,8 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
         device: as torch names it; `auto` shards over the GPUs there are.
 
     Raises:
-        UserError: missing or unreadable files, unsupported architecture, unknown device, NaN in the weights.
+        UserError: missing or unreadable files, unsupported architecture, unknown device, weights that are not those of
+            the config, NaN in them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -84,17 +119,28 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
     load_config(ref)
     check_device(device)
     logging.disable_progress_bar()
-    model = _explained(
-        ref,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            ref.location,
-            revision=ref.revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device,
-            use_safetensors=True,
-            trust_remote_code=False,
-        ),
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would report at length is refused below
+    try:
+        model, report = _explained(
+            ref,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                ref.location,
+                revision=ref.revision,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                device_map=device,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            ),
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    # What is missing would be random numbers; some old checkpoints hold buffers that are computed nowadays.
+    odd = [f"lacks {name}" for name in report["missing_keys"]]
+    odd += [f"has {n} too many" for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")]
+    if odd:
+        raise UserError(f"{ref.location}: not the weights that its config.json describes; it {min(odd)}")
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
@@ -146,15 +192,21 @@ def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
+# transformers' own words would send the user to options that this project does not have.
+_PLAIN_WORDS = {
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "trust_remote_code": "it asks for code of its own, which is never run",
+}
+
+
 def _explained(ref: ModelRef, load: Any) -> Any:
     """Turn what the libraries raise on bad model files into one line."""
-    from safetensors import SafetensorError
-
     try:
         return load()
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # transformers raises whatever a malformed file leads to
+        plain = (words for option, words in _PLAIN_WORDS.items() if option in str(error))
+        reason = next(plain, " ".join(str(error).split())[:300])
         at = f" at revision {ref.revision}" if ref.revision else ""
         raise UserError(f"{ref.location}{at}: the model cannot be loaded ({reason})") from None
