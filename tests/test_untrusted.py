@@ -201,6 +201,17 @@ def test_names_in_an_adapter(refuse_adapter: Callable[[Path], str], adapter: Pat
     assert refuse_adapter(adapter) == message
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"lora_alpha": None}, "2 and None"), ({"lora_alpha": "1"}, "2 and '1'"), ({"r": 0}, "0 and 2.0")],
+)
+def test_numbers_of_an_adapter(
+    refuse_adapter: Callable[[Path], str], adapter: Path, changes: dict[str, Any], found: str
+) -> None:
+    edit(adapter / "adapter_config.json", **changes)
+    assert refuse_adapter(adapter) == f"expected numbers r above 0 and lora_alpha, found {found}"
+
+
 # --- examples -----------------------------------------------------------------------------------------------------
 
 
