@@ -3,8 +3,8 @@
 The package knows nothing of it: an audit hook sees every file that a stage opens or renames. PKT_FAULTS names a folder
 with `plan.json`, a list of {"stage", "at", "act"}; `at` is the number of a write (an opening for writing or a renaming
 below artifacts, results or .scratch, counted from 0 in each process) or "compute", a moment after the first input was
-read and before anything is written. Each entry acts once: `fired/<number>` says that it has. Writes are listed in
-`writes`, a line each: stage, number, what, path.
+read and before anything is written. Each entry acts once: `fired/<number>` says that it has. Without a plan, writes are
+listed in `writes`, a line each: stage, number, what, path.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Faults:
             self._timer.start()
         if not writes or part not in OUTPUTS:
             return
-        with (self._folder / "writes").open("a") as file:
-            print(os.environ["DVC_STAGE"], self._count, event, os.fspath(arguments[0]), file=file)
+        if not (self._folder / "plan.json").exists():
+            with (self._folder / "writes").open("a") as file:
+                print(os.environ["DVC_STAGE"], self._count, event, os.fspath(arguments[0]), file=file)
         if fault.get("at") in ("compute", self._count):
             if event == "os.rename" and os.path.isfile(arguments[0]):
                 os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
