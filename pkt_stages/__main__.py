@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -69,6 +70,22 @@ def main() -> None:
     except KeyboardInterrupt:
         print("pkt: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not _lacks_space(error):
+            raise
+        print("pkt: error: no space to write a file; free some and run again, it goes on where it was", file=sys.stderr)
+        sys.exit(2)
+
+
+def _lacks_space(error: BaseException | None) -> bool:
+    """Whether a full disk, quota or file size limit is behind an error; libraries have their own ways to say so."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = [*map(os.strerror, numbers), "PytorchStreamWriter failed writing"]
+    while error is not None:
+        if getattr(error, "errno", None) in numbers or any(text in str(error) for text in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 if __name__ == "__main__":

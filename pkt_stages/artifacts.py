@@ -8,6 +8,7 @@ destination, flushed to disk and renamed, so a reader sees the old file, the new
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -172,6 +173,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -185,6 +187,17 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left; one that lives keeps its own."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            continue  # not ours, or another user's
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -244,7 +257,7 @@ def load(path: Path, kind: str) -> Artifact:
         ) from None
     try:
         meta = json.loads(raw) if raw is not None else None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict) or "kind" not in meta:
         raise UserError(f"{path}: a safetensors file without this project's metadata; expected a {kind} artifact")
@@ -277,10 +290,10 @@ def kind_of(path: Path) -> str:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
     kind = meta.get("kind") if isinstance(meta, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         found = f"kind {kind!r}" if kind is not None else "no metadata of this project"
         raise UserError(f"{path}: expected an artifact of a kind among {', '.join(KINDS)}; found {found}")
-    return str(kind)
+    return kind
 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}

@@ -34,7 +34,8 @@ def curve_writer(folder: Path | None) -> Iterator[Log]:
 
     def log(record: Mapping[str, Any]) -> None:
         live.step = record["step"]
-        for name, value in numbers(record).items():
+        # A record that comes back from JSON has another order, and dvclive writes names as they first came.
+        for name, value in sorted(numbers(record).items()):
             if name != "step":
                 live.log_metric(name, value)
         live.make_summary()

@@ -66,6 +66,8 @@ def read_examples(path: Path) -> list[Example]:
             raise UserError(
                 f"{where}: expected `messages` with one user and one assistant turn, found {roles or 'none'}"
             )
+        reference = row.get("reference", {})
+        _check_reference(reference, where)
         contents = [turn.get("content") for turn in turns]
         if not all(isinstance(c, str) and c.strip() for c in contents):
             raise UserError(f"{where}: a message's `content` is empty or not text; give both turns a text")
@@ -76,10 +78,20 @@ def read_examples(path: Path) -> list[Example]:
                 prompt=contents[0],
                 answer=contents[1],
                 prefix=str(row.get("prefix", "")),
-                reference=row.get("reference", {}),
+                reference=reference,
             )
         )
     return examples
+
+
+def _check_reference(reference: Any, where: str) -> None:
+    """Raise UserError unless it is what the converters below write: texts, and lists of texts, by name."""
+    if not isinstance(reference, dict):
+        raise UserError(f"{where}: `reference` is {type(reference).__name__}; expected an object of texts")
+    for name, value in reference.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: `reference` holds {type(value).__name__} as {name!r}; expected text")
 
 
 def training_file(train_set: str, train: Path, align: Path | None) -> Path:
@@ -111,7 +123,8 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text, for tokenizers and files
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")

@@ -29,6 +29,11 @@ import yaml
 from pkt_stages.errors import UserError
 
 POINTER = "hub.yaml"
+# transformers' own words would send the user to options that this project does not have.
+PLAIN_WORDS = {
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "trust_remote_code": "it asks for code of its own, which is never run",
+}
 T = TypeVar("T")
 
 
@@ -57,7 +62,7 @@ def read_pointer(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping, found {content!r}")
@@ -163,15 +168,14 @@ def explained(repo: str, revision: str | None, load: Callable[[], T], what: str 
         UserError: naming the repository, the reason and the remedy.
     """
     from huggingface_hub import errors
-    from safetensors import SafetensorError
 
     # It announces every one of its retries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return load()
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a malformed file leads to
         causes = list(_causes(error))
     at = f"{repo} at revision {revision}" if revision else repo
 
@@ -194,7 +198,9 @@ def explained(repo: str, revision: str | None, load: Callable[[], T], what: str 
             f"{at}: the hub cannot be reached and the files are not in the local cache; connect, or put a folder with"
             " the files in place of the name"
         ) from None
-    raise UserError(f"{at}: {what} cannot be loaded ({' '.join(str(causes[0]).split())[:300]})") from None
+    plain = (words for option, words in PLAIN_WORDS.items() if option in str(causes[0]))
+    reason = next(plain, " ".join(str(causes[0]).split())[:300])
+    raise UserError(f"{at}: {what} cannot be loaded ({reason})") from None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

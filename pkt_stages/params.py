@@ -7,6 +7,7 @@ and wrong types are errors; every value may be overridden on the command line (`
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def _mapping(path: Path, section: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such params file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # beside its own errors PyYAML raises whatever a wrong value leads to
         raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or section not in content:
         raise UserError(f"{path}: section {section!r} is missing")
@@ -94,6 +95,13 @@ def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:
         raise UserError(f"{where}: {error}") from None
 
 
+def _shown(value: Any) -> str:
+    """A value for a message, cut short: a few aliases in YAML can stand for billions of entries."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -102,20 +110,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, next(a for a in args if a is not type(None)), where)
     if origin is typing.Literal:
         if value not in args or isinstance(value, bool):
-            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, found {value!r}")
+            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, found {_shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, found {value!r}")
+            raise UserError(f"{where}: expected a list, found {_shown(value)}")
         return tuple(_convert(v, args[0], where) for v in value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML reads 3e-5 as text, for want of a dot.
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
-        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+        raise UserError(f"{where}: expected {hint.__name__}, found {_shown(value)}")
     return value

@@ -98,6 +98,18 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_killed_writers_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    """A living process keeps its own: a killed DVC can leave its stage running."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f".m.json.{gone.pid}.tmp"
+    others = [tmp_path / name for name in (f".m.json.{os.getppid()}.tmp", ".m.json.x.tmp", f".n.json.{gone.pid}.tmp")]
+    for path in (left, *others):
+        path.write_text("half")
+    artifacts.write_json(tmp_path / "m.json", {})
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "m.json", *others])
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; expected a selection artifact, made by `pkt select`"):
         artifacts.load(tmp_path / "none.safetensors", "selection")

@@ -122,6 +122,25 @@ def test_one_line_and_status_two(pkt: Run, world: dict[str, Path], tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/3"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_that_a_library_reports(pkt: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    from pkt_stages import __main__
+
+    def full() -> None:
+        raise error
+
+    monkeypatch.setattr(__main__, "app", full)
+    line = "pkt: error: no space to write a file; free some and run again, it goes on where it was\n"
+    assert pkt("prepare") == (2, "", line)
+
+
 def test_the_table_is_long_enough_and_covers_the_commands() -> None:
     assert len(TABLE) >= 30
     assert len({row[1].split()[0] for row in TABLE}) >= 14

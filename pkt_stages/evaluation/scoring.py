@@ -42,7 +42,7 @@ def same_number(found: str, answer: str) -> bool:
             values.append(Decimal(re.sub(r"[,$\s]", "", text).removesuffix(".")))
         except InvalidOperation:
             return False
-    return values[0] == values[1]
+    return all(value.is_finite() for value in values) and values[0] == values[1]
 
 
 def code(doc: Mapping[str, Any], results: Sequence[Sequence[Verdict]]) -> dict[str, float]:

@@ -111,7 +111,7 @@ def load_adapter(folder: Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable PEFT adapter ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: expected a LoRA adapter, found {_kind(config)}")
@@ -125,13 +125,15 @@ def load_adapter(folder: Path) -> Adapter:
         if not name.startswith(_LEAD) or not module or letter not in ("A", "B") or tensor.ndim != 2:
             raise UserError(f"{folder}: unexpected tensor {name} of shape {list(tensor.shape)} in a LoRA adapter")
         found.setdefault(module, {})[letter] = tensor
-    rank = config.get("r")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or rank == 0:
+        raise UserError(f"{folder}: expected numbers r above 0 and lora_alpha, found {rank!r} and {alpha!r}")
     for module, pair in found.items():
         if set(pair) != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
             raise UserError(f"{folder}: the factors of {module} are not A [{rank}, in] and B [out, {rank}]")
     if not found:
         raise UserError(f"{folder}: an adapter without weights")
-    return Adapter({module: (pair["A"], pair["B"]) for module, pair in found.items()}, float(config["lora_alpha"]))
+    return Adapter({module: (pair["A"], pair["B"]) for module, pair in found.items()}, float(alpha))
 
 
 def _kind(config: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from pkt_stages.models.sites import geometry
 if TYPE_CHECKING:
     import torch
 
-
 CHAT_TEMPLATE = "chat_template.jinja"
+INDEX = "model.safetensors.index.json"
+# Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -55,26 +58,51 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
+        if (folder / INDEX).is_file():
+            _check_index(folder / INDEX)
         return ModelRef(model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
     return ModelRef(model, revision)
 
 
+def _check_index(path: Path) -> None:
+    """Raise UserError unless the index of a split checkpoint names files beside it; `identity` covers no others."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not readable as the index of a checkpoint") from None
+    for name in files:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise UserError(f"{path}: names {name!r}; expected safetensors files in the same folder")
+
+
 def load_config(ref: ModelRef) -> Any:
-    """The model's config; only supported architectures get through."""
+    """The model's config; only supported architectures and sizes get through, and none that bring their own code.
+
+    Raises:
+        UserError: see above, or a config that cannot be read.
+    """
     from transformers import AutoConfig
 
     config = hub.explained(
-        ref.location, ref.revision, lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision)
+        ref.location,
+        ref.revision,
+        lambda: AutoConfig.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False),
     )
-    found = vars(geometry(config))
+    if getattr(config, "auto_map", None):
+        raise UserError(
+            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; use a model of"
+            " an architecture that transformers has"
+        )
+    sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
+    if not 1 <= sizes.num_layers <= MAX_LAYERS:
+        raise UserError(f"{ref.location}: {sizes.num_layers} layers; expected 1 to {MAX_LAYERS}")
     for name, size in ref.sizes:
         # Padding rows come and go.
-        if name != "vocab_size" and found.get(name) != size:
-            raise UserError(
-                f"{ref.location}: {name} is {found.get(name)}, its hub.yaml says {size}; correct one of them"
-            )
+        if name != "vocab_size" and vars(sizes).get(name) != size:
+            found = vars(sizes).get(name)
+            raise UserError(f"{ref.location}: {name} is {found}, its hub.yaml says {size}; correct it there")
     return config
 
 
@@ -82,7 +110,9 @@ def load_tokenizer(ref: ModelRef) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = hub.explained(
-        ref.location, ref.revision, lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision)
+        ref.location,
+        ref.revision,
+        lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False),
     )
     if ref.chat_template is not None:
         tokenizer.chat_template = ref.chat_template
@@ -97,7 +127,8 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
         device: as torch names it; `auto` shards over the GPUs there are.
 
     Raises:
-        UserError: missing or unreadable files, unsupported architecture, unknown device, NaN in the weights.
+        UserError: missing or unreadable files, unsupported architecture, unknown device, weights that are not those of
+            the config, NaN in them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -108,18 +139,30 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
     if not ref.is_local:
         hub.warn_unpinned(ref.location, ref.revision)
     logging.disable_progress_bar()
-    model = hub.explained(
-        ref.location,
-        ref.revision,
-        lambda: AutoModelForCausalLM.from_pretrained(
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would report at length is refused below
+    try:
+        loaded: Any = hub.explained(
             ref.location,
-            revision=ref.revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device,
-            use_safetensors=True,
-            trust_remote_code=False,
-        ),
-    )
+            ref.revision,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                ref.location,
+                revision=ref.revision,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                device_map=device,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            ),
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, report = loaded
+    # What is missing would be random numbers; some old checkpoints hold buffers that are computed nowadays.
+    odd = [f"lacks {name}" for name in report["missing_keys"]]
+    odd += [f"has {n} too many" for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")]
+    if odd:
+        raise UserError(f"{ref.location}: not the weights that its config.json describes; it {min(odd)}")
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")

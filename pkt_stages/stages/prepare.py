@@ -145,12 +145,13 @@ def prepare(
     watch = Stopwatch()
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
-    test = read_pool(data, "test", task)
     if (data / "extract.jsonl").is_file():
         names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
         sets = split({name: read_examples(data / f"{name}.jsonl") for name in names}, params)
+        test = read_pool(data, "test", task)
     else:
-        sets = draw(read_pool(data, "train", task), test, params)
+        pool, test = (read_pool(data, name, task) for name in ("train", "test"))
+        sets = draw(pool, test, params)
     sets["test"] = draw_test(test, params)
     for name, examples in sets.items():
         write_rows(out / f"{name}.jsonl", [example.to_row() for example in examples])

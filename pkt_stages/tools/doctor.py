@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Annotated, Literal
 import typer
 
 from pkt_stages.errors import UserError
+from pkt_stages.progress import track
 
 State = Literal["ok", "note", "bad"]
 SIGNS: dict[State, str] = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -124,6 +127,23 @@ def dvc() -> Iterator[Finding]:
         )
 
 
+def cache() -> Iterator[Finding]:
+    """Read DVC's cache through: an object is named by its content's MD5, and DVC itself trusts what is read-only."""
+    folder = Path(_run("dvc", "cache", "dir").strip()) / "files" / "md5"
+    objects = [path for path in sorted(folder.glob("??/*")) if re.fullmatch(r"[0-9a-f]{30}(\.dir)?", path.name)]
+    damaged = []
+    for path in track(objects, "DVC cache"):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() != path.parent.name + path.name.removesuffix(".dir"):
+                damaged.append(str(path))
+    if damaged:
+        # Files that were linked or copied from a damaged object are damaged as well, and DVC takes them for whole.
+        advice = f"rm -f {' '.join(damaged)}; rm -r artifacts; then `dvc repro` (or `dvc pull`) brings all of it back"
+        yield Finding("DVC cache content", "bad", f"{len(damaged)} of {len(objects)} objects are damaged", advice)
+    else:
+        yield Finding("DVC cache content", "ok", f"{len(objects)} objects are what their names say")
+
+
 def _dvc_config(name: str) -> str:
     return _run("dvc", "config", name).strip()
 
@@ -164,9 +184,13 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, gpu, disk, dvc,
 
 def doctor(
     quiet: Annotated[bool, typer.Option("--quiet", help="Only what asks for something.")] = False,
+    read_cache: Annotated[
+        bool, typer.Option("--cache", help="Read all of DVC's cache and name what is damaged; GB take seconds.")
+    ] = False,
 ) -> None:
     """Check this machine: packages, GPU, disk, DVC, hub login, sandbox; exit status 2 if tiny cannot run."""
-    findings = [finding for check in CHECKS for finding in check()]
+    checks = (*CHECKS, cache) if read_cache else CHECKS
+    findings = [finding for check in checks for finding in check()]
     for finding in findings:
         if not quiet or finding.state != "ok":
             typer.echo(f"{SIGNS[finding.state]}  {finding.what}: {finding.found}")

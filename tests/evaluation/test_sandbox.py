@@ -5,8 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +91,61 @@ HOSTILE = {
     ),
     "replaces the check": ("def check(candidate):\n    pass\ndef f(x):\n    return 1\n", "failed"),
     "kills its parent": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return x * x\n", "error"),
+    "reads a secret": ("def f(x):\n    open('{secret}').read()\n    return x * x\n", "error"),
+    "follows a link to a secret": ("def f(x):\n    open('{link}').read()\n    return x * x\n", "error"),
+    "reads its parent's environment": (
+        "import os\ndef f(x):\n    open(f'/proc/{os.getppid()}/environ').read()\n    return x * x\n",
+        "error",
+    ),
+    "reads its parent's memory": (
+        "import os\ndef f(x):\n    open(f'/proc/{os.getppid()}/mem', 'rb')\n    return x * x\n",
+        "error",
+    ),
+    "makes a hard link": ("import os\ndef f(x):\n    os.link('{secret}', '{outside}')\n    return x * x\n", "error"),
+    "makes a folder": ("import os\ndef f(x):\n    os.mkdir('{outside}')\n    return x * x\n", "error"),
+    "writes to shared memory": ("def f(x):\n    open('/dev/shm/pkt', 'w')\n    return x * x\n", "error"),
+    "removes a file": ("import os\ndef f(x):\n    os.remove('{secret}')\n    return x * x\n", "error"),
+    "calls a server here": (
+        "import socket\ndef f(x):\n    socket.create_connection(('127.0.0.1', {port}))\n    return x * x\n",
+        "error",
+    ),
+    "opens a local socket": (
+        "import socket\ndef f(x):\n    s = socket.socket(socket.AF_UNIX)\n    s.bind('{outside}')\n    return x * x\n",
+        "error",
+    ),
+    "thread bomb": (
+        "import threading, time\ndef f(x):\n    while True:\n        threading.Thread(target=time.sleep, args=(99,)).start()\n",
+        "memory",
+    ),
+    "leaves a daemon": (
+        "import os, time\ndef f(x):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(987)\n    return x * x\n",
+        "error",
+    ),
+    "kills another process": ("import os\ndef f(x):\n    os.kill({pid}, 9)\n    return x * x\n", "error"),
+    "stops itself": ("import os\ndef f(x):\n    os.kill(os.getpid(), 19)\n    return x * x\n", "timeout"),
+    "closes its pipes": ("import os\ndef f(x):\n    os.closerange(0, 64)\n    return x * x\n", "error"),
+    "endless nesting": (
+        "def f(x):\n    a = []\n    for _ in range(10**5):\n        a = [a]\n    return a\n",
+        "error",
+    ),
+    "raises by a name that ends programs": (
+        "class SystemExit(Exception):\n    pass\ndef f(x):\n    raise SystemExit(0)\n",
+        "error",
+    ),
+    "a list that equals everything": (
+        "class A(list):\n    __eq__ = lambda *a: True\n    __ne__ = lambda *a: False\ndef f(x):\n    return A([1])\n",
+        "failed",
+    ),
+    "a class that is every number": (
+        "class A:\n    __eq__ = lambda *a: True\n    __class__ = int\n    __bool__ = lambda s: True\ndef f(x):\n    return A()\n",
+        "error",
+    ),
+    "patches all frames": (
+        "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        frame.f_globals.update(check=lambda c: None, encode=lambda *a: '16', isinstance=lambda *a: True)\n"
+        "        frame = frame.f_back\n    return 1\n",
+        "failed",
+    ),
     # Linux reports success although not one process could be signalled.
     "kills everything": ("import os\ndef f(x):\n    os.kill(-1, 9)\n    return 1\n", "failed"),
 }
@@ -92,16 +153,85 @@ HOSTILE = {
 
 def test_hostile_samples_fail_and_harm_nobody(level: levels.Level, tmp_path: Path) -> None:
     assert level == "sandlock", "this test is about the strongest level"
-    outside = tmp_path / "outside"
-    jobs = [job(code.replace("{outside}", str(outside))) for code, _ in HOSTILE.values()]
-    # A good one beside each: the others' verdicts do not move.
-    verdicts = judge([j for hostile in jobs for j in (hostile, job(GOOD))], level, LIMITS, 2)
+    outside, secret, link = tmp_path / "outside", tmp_path / "secret", tmp_path / "link"
+    secret.write_text("token")
+    link.symlink_to(secret)
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "600"]) as bystander:
+        values = {"outside": outside, "secret": secret, "link": link, "pid": bystander.pid}
+        values["port"] = server.getsockname()[1]
+        jobs = [job(_filled(code, values)) for code, _ in HOSTILE.values()]
+        # A good one beside each: the others' verdicts do not move.
+        verdicts = judge([j for hostile in jobs for j in (hostile, job(GOOD))], level, LIMITS, 2)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        assert bystander.poll() is None
+        bystander.kill()
     found = dict(zip(HOSTILE, verdicts[::2], strict=True))
     assert {name: v.outcome for name, v in found.items()} == {name: outcome for name, (_, outcome) in HOSTILE.items()}
     assert set(verdicts[1::2]) == {Verdict("passed", "")}
-    assert not outside.exists()
-    assert not outside.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, secret]
+    assert not Path("/dev/shm/pkt").exists()
     assert _strays() == []
+
+
+def _filled(code: str, values: Mapping[str, object]) -> str:
+    """Other braces are the code's own."""
+    for name, value in values.items():
+        code = code.replace(f"{{{name}}}", str(value))
+    return code
+
+
+def test_what_the_hostile_samples_try_is_possible_without_a_sandbox(tmp_path: Path) -> None:
+    """Else their verdicts would say nothing."""
+    outside, secret = tmp_path / "outside", tmp_path / "secret"
+    secret.write_text("token")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        values = {"outside": outside, "secret": secret, "link": secret, "port": server.getsockname()[1]}
+        names = ("reads a secret", "follows a link to a secret", "reads its parent's environment", "makes a hard link")
+        names += ("reads its parent's memory", "calls a server here", "opens a socket", "removes a file")
+        for name in names:
+            names_of_sample: dict[str, Any] = {}
+            exec(_filled(HOSTILE[name][0], values), names_of_sample)
+            assert names_of_sample["f"](3) == 9, name
+    assert outside.exists() and not secret.exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_survives_the_end_of_an_evaluation(sent: signal.Signals) -> None:
+    """An interrupt is the asking process's to report; a kill cannot be answered, yet the sandboxes end."""
+    program = (
+        "from pkt_stages.evaluation.sandbox.pool import *\n"
+        "endless = Job('def f(x):\\n    while True: pass\\n', '', 'f', '', 'assert f(1)', '')\n"
+        "try:\n    judge([endless] * 4, 'sandlock', Limits(2.0, 256), 2)\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", program]
+    asking = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    family: set[int] = set()
+    deadline = time.monotonic() + 60
+    while len(family) < 7 and time.monotonic() < deadline:  # two workers, each with a candidate and a checker
+        family = _descendants(asking.pid)
+        time.sleep(0.02)
+    os.killpg(asking.pid, sent)
+    printed, _ = asking.communicate(timeout=60)
+    assert printed == ("interrupted\n" if sent == signal.SIGINT else "")
+    while any(Path(f"/proc/{pid}").exists() for pid in family):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text()[:80] for pid in family]
+        time.sleep(0.05)
+
+
+def _descendants(pid: int) -> set[int]:
+    """The process and all below it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found = {pid}
+    while new := {child for child, parent in parents.items() if parent in found} - found:
+        found |= new
+    return found
 
 
 def _strays() -> list[str]:

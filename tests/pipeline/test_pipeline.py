@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from pkt_stages.examples import write_rows
-from tests.conftest import make_model
+from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
 
-ROOT = Path(__file__).parents[2]
 PAIR = "source-chat-target-chat-gsm8k"
 UPSTREAM = {"prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{PAIR}"}
 LATEN = {f"{stage}@laten-{PAIR}" for stage in ("align", "inject", "evaluate_transfer")}
@@ -28,24 +21,7 @@ OTHERS = {f"{stage}@control_random_delta-{PAIR}" for stage in ("control", "evalu
 OTHERS |= {f"{stage}@postpkt_random-{TARGET}" for stage in ("finetune", "evaluate_target")}
 BASELINES = {"evaluate_model@source-chat-gsm8k", "evaluate_model@target-chat-gsm8k"}
 ANALYSIS = {"cka@source-chat-target-chat", f"deltas_transfer@laten-{PAIR}", "neurons@source-chat-gsm8k"}
-ANALYSIS |= {f"cka_transfer@laten-{PAIR}", "neurons@target-chat-gsm8k"}
-
-
-def run(folder: Path, *command: str) -> str:
-    # Commands of dvc.yaml find `pkt` beside this interpreter.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def dvc(folder: Path, *arguments: str) -> str:
-    return run(folder, sys.executable, "-m", "dvc", *arguments)
-
-
-def ran(output: str) -> set[str]:
-    """The stages that a `dvc repro` really ran."""
-    return set(re.findall(r"Running stage '([^']+)'", output))
+ANALYSIS |= {"texts", f"cka_transfer@laten-{PAIR}", "neurons@target-chat-gsm8k"}
 
 
 def stale(folder: Path) -> set[str]:
@@ -54,26 +30,11 @@ def stale(folder: Path) -> set[str]:
     return {name.removeprefix("dvc.yaml:") for name in json.loads(output[output.index("{") :])}
 
 
-def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    edit(params)
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-def shrink(params: dict[str, Any]) -> None:
-    params |= {"task": ["gsm8k"], "analysed_task": ["gsm8k"], "sft": []}
-    params |= {name: [] for name in params if name.endswith("_methods") or name == "seek_sources"}
+def choose(params: dict[str, Any]) -> None:
+    shrink(params)
     params |= {"aligned_methods": ["laten"], "random_delta_methods": ["control_random_delta"]}
     params |= {"pair_methods": ["laten", "control_random_delta"], "target_methods": ["postpkt_random"]}
     params |= {"analysed_pair_methods": ["laten"]}
-    params["cka"] |= {"num_texts": 6, "batch_size": 6}
-    params["finetune"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
-    params["prepare"]["common"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2, "seed": 0}
-    params["select"]["max_rate"] = 0.25
-    params["align"]["common"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "init_std": 0.02}
-    params["align"]["gsm8k"] = {"steps": 2}
-    params["evaluate"]["gsm8k"] = {"max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +45,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
     """A team member's repository: attribution and selection are made, pushed and committed."""
-    folder = tmp_path_factory.mktemp("clones") / "first"
-    folder.mkdir()
-    for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "pkt_stages", folder / "pkt_stages", ignore=shutil.ignore_patterns("__pycache__"))
-    change(folder, shrink)
-    make_model(folder / "data/tiny/source-chat", seed=1, hidden_size=96, intermediate_size=128, num_hidden_layers=4)
-    make_model(folder / "data/tiny/target-chat", seed=2)
-    for split, count in (("train", 20), ("test", 5)):
-        rows = [{"question": f"{split} {i}?", "answer": f"One.\n#### {i}"} for i in range(count)]
-        write_rows(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
-    texts = [{"text": f"Text {i}: {'abcdef'[i] * (i + 3)}"} for i in range(6)]
-    write_rows(folder / "data/tiny/texts/texts.jsonl", texts)
-    run(folder, "git", "init", "-q", "-b", "main")
-    run(folder, "git", "config", "user.email", "someone@example.com")
-    run(folder, "git", "config", "user.name", "someone")
-    dvc(folder, "init", "-q")
-    dvc(folder, "config", "core.analytics", "false")
-    dvc(folder, "config", "core.check_update", "false")
+    folder = make_repository(tmp_path_factory.mktemp("clones") / "first", choose)
     dvc(folder, "remote", "add", "-q", "-d", "team", str(remote))
     assert ran(dvc(folder, "repro", f"select@{PAIR}")) == UPSTREAM
     dvc(folder, "push", "-q")

@@ -78,7 +78,7 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     assert (status, err) == (2, "pkt: error: unknown task 'arc'; expected one of mmlu, gsm8k, humaneval, mbpp\n")
     status, _, err = pkt("prepare", "--task", "mbpp", "--data", data, "--out", tmp_path / "out")
     assert status == 2
-    assert "row mbpp_test_1: not in the mbpp schema (KeyError: 'code')" in err
+    assert "row mbpp_train_1: not in the mbpp schema (KeyError: 'code')" in err
 
 
 def own_sets() -> dict[str, list[Example]]:
@@ -140,14 +140,17 @@ def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.Mo
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
     status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
     assert status == 0, err
-    assert asked == [("o/test", "c", "test", commit), ("o/pool", None, "train", "main")]
+    assert asked == [("o/pool", None, "train", "main"), ("o/test", "c", "test", commit)]
     assert err == "pkt: warning: o/pool at revision main may change; `pkt pin` writes its commit down\n"
     assert {e.answer.split()[0] for e in read_examples(tmp_path / "out/train.jsonl")} == {"Done"}
 
     (data / "hub.yaml").write_text("train: {repo: o/pool, split: train}\n")
     status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    assert (status, err) == (2, f"pkt: error: {data / 'hub.yaml'}: train: key 'revision' is missing\n")
+    (data / "hub.yaml").write_text("test: {}\n")
+    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
     assert (status, err) == (
         2,
-        f"pkt: error: {data / 'hub.yaml'}: expected a mapping `test` with repo, split and revision, found"
-        " {'train': {'repo': 'o/pool', 'split': 'train'}}\n",
+        f"pkt: error: {data / 'hub.yaml'}: expected a mapping `train` with repo, split and revision, found"
+        " {'test': {}}\n",
     )

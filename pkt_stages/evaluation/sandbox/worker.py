@@ -178,6 +178,8 @@ def main() -> None:
     try:
         for line in sys.stdin:
             print(json.dumps(worker.judge(json.loads(line))), flush=True)
+    except KeyboardInterrupt:  # the terminal interrupts whoever asked as well, and that one says so
+        sys.exit(128 + signal.SIGINT)
     finally:
         worker.close()
 

@@ -1,0 +1,95 @@
+"""`make soak`: every kind of stage is broken while it computes and while it writes; the results are those of a run
+that nothing disturbed, byte for byte, and nothing half-written is left.
+
+It takes a quarter of an hour; `make test` has a short form (tests/pipeline/test_interruptions.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import make_model
+from tests.pipeline.repository import make_repository, run, shrink
+from tests.soak.interruptions import Act, Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
+
+
+def every_stage(params: dict[str, Any]) -> None:
+    """Methods and models such that no stage of dvc.yaml has nothing to do."""
+    shrink(params)
+    params |= {
+        "sft": ["target"],
+        "aligned_methods": ["laten"],
+        "random_delta_methods": ["control_random_delta"],
+        "reselected_methods": ["laten_block_gain"],
+        "curve_methods": ["laten"],
+        "seek_sources": ["source-chat"],
+        "unaligned_methods": ["unaligned_seeking"],
+        "grid_methods": ["unaligned_top_pca_random"],
+        "target_methods": ["postpkt_pissa"],
+        "seeking_methods": ["postpkt_seeking"],
+        "sequence_methods": ["seqkd"],
+        "distill_methods": ["kd"],
+        "analysed_pair_methods": ["laten", "postpkt_seeking"],
+        "analysed_seeking_methods": ["postpkt_seeking"],
+        "analysed_target_methods": ["postpkt_pissa"],
+    }
+    params["pair_methods"] = ["laten", "laten_block_gain", "control_random_delta", "unaligned_seeking"]
+    params["pair_methods"] += ["postpkt_seeking", "seqkd", "kd"]
+    params["methods"] |= {
+        "laten_block_gain": {"select": {"layer_rule": "block_gain"}, "align": {"given": "selected"}},
+        "unaligned_top_pca_random": {"approach": "grid", "layers": "top", "width": "pca", "neurons": "random"},
+        "unaligned_seeking": {"approach": "seeking", "rank": 4},
+        "seqkd": {"generate": {"train_set": "align"}, "finetune": {"init": "random"}},
+    }
+    params["generate"] = {"common": {"max_new_tokens": 4}, "gsm8k": {}}
+    params["finetune"]["common"] |= {"epochs": 2}
+    params["distill"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
+
+
+def points(writes: list[Write]) -> list[Fault]:
+    """Two moments of each kind of stage: while it computes, and one of its writes, in turn the first, one in the
+    middle and the last. Each kind is killed; in some the second comes as an interrupt or as a disk without space."""
+    by_stage: dict[str, list[Write]] = {}
+    for write in writes:
+        by_stage.setdefault(write.stage, []).append(write)
+    first_of_kind = {name.split("@")[0]: name for name in reversed(by_stage)}
+    acts: itertools.cycle[Act] = itertools.cycle(["kill all", "kill stage", "kill all", "fill disk", "interrupt"])
+    thirds = itertools.cycle([0.0, 0.5, 1.0])
+    chosen = []
+    for name, of_stage in by_stage.items():
+        if name not in first_of_kind.values():
+            continue
+        act = next(acts)
+        # A file is renamed when all of it is written; too late for a disk to be full.
+        begun = {write.path: write.number for write in reversed(of_stage) if write.event == "open"}
+        done = [write.number for write in of_stage if write.event == "os.rename"]
+        numbers = sorted(begun.values()) if act == "fill disk" else done
+        chosen += [
+            Fault(name, "compute", "kill all"),
+            Fault(name, numbers[int(next(thirds) * (len(numbers) - 1))], act),
+        ]
+    return chosen
+
+
+def test_results_do_not_depend_on_what_broke_a_run(tmp_path: Path) -> None:
+    calm = make_repository(tmp_path / "calm", every_stage)
+    make_model(calm / "data/tiny/target-base", seed=3)
+    run(calm, "git", "add", "-A")
+    run(calm, "git", "commit", "-q", "-m", "nothing has run")
+    rough = Path(shutil.copytree(calm, tmp_path / "rough"))
+    plan = points(undisturbed(calm, tmp_path / "none"))
+    kinds = {fault.stage.split("@")[0] for fault in plan}
+    said = disturbed(rough, tmp_path / "faults", plan)
+    assert contents(rough) == contents(calm)
+    assert leftovers(rough) == []
+    for fault, text in said.items():
+        if fault.act == "interrupt":
+            assert one_line(text) == "pkt: interrupted"
+        if fault.act == "fill disk":
+            assert one_line(text).startswith("pkt: error: ")
+    kills = sum(fault.act.startswith("kill") for fault in plan)
+    print(f"\n{len(plan)} faults ({kills} kills) in {len(kinds)} kinds of stages")
+    assert kills >= 20

@@ -1,0 +1,247 @@
+"""Models, adapters and examples from anywhere: no code of theirs runs, no file elsewhere is touched or read, and sizes
+that cannot be true are refused before memory is taken. Each ends in one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import write_examples
+from tests.stages.transfer_files import options, write_inputs
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._marker,)
+
+
+@pytest.fixture
+def model(tmp_path: Path, target_folder: Path) -> Path:
+    return Path(shutil.copytree(target_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """2 GiB more than this process has."""
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (has + (2 << 30), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(pkt: Run, model: Path) -> str:
+    """What the user reads when the model is used; nothing is written."""
+    folder = model.parent
+    examples = write_examples(folder / "e.jsonl", ["It is 1."])
+    before = set(folder.rglob("*"))
+    status, out, err = pkt("attribute", "--model", model, "--examples", examples, "--out", folder / "o.safetensors")
+    assert (status, out) == (2, "")
+    assert set(folder.rglob("*")) == before
+    lines = [line for line in err.splitlines() if line.startswith("pkt: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0].removeprefix(f"pkt: error: {model}").removeprefix(": ")
+
+
+def test_pickled_weights_are_not_opened(pkt: Run, model: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    weights = model / "model.safetensors"
+    torch.save({"model.norm.weight": Payload(marker)}, model / "pytorch_model.bin")
+    weights.unlink()
+    assert refusal(pkt, model).startswith("the model cannot be loaded (")
+    assert not marker.exists()
+    # The payload is a live one.
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "evil"])
+def test_code_of_a_model_is_not_run(pkt: Run, model: Path, tmp_path: Path, kind: str) -> None:
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit(model / "config.json", model_type=kind, auto_map=names)
+    assert "asks for code of its own" in refusal(pkt, model)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(pkt: Run, model: Path, tmp_path: Path) -> None:
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    edit(model / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    assert refusal(pkt, model) == "the model cannot be loaded (it asks for code of its own, which is never run)"
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**9}, "(its weights have other shapes than its config.json says)"),
+        ({"intermediate_size": 10**9}, "(its weights have other shapes than its config.json says)"),
+        ({"vocab_size": 10**9}, "(its weights have other shapes than its config.json says)"),
+        ({"head_dim": 10**9}, "(its weights have other shapes than its config.json says)"),
+        ({"num_attention_heads": 10**9}, "is not a multiple of the number of attention heads"),
+        ({"num_key_value_heads": 10**9}, "config: 4 heads cannot share 1000000000 key/value heads evenly"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers; expected 1 to 1000"),
+        ({"num_hidden_layers": 0}, "0 layers; expected 1 to 1000"),
+        # transformers would fill in random numbers, and pass over what it has no place for.
+        ({"num_hidden_layers": 4}, "its config.json describes; it lacks model.layers.3.input_layernorm.weight"),
+        ({"num_hidden_layers": 2}, "its config.json describes; it has model.layers.2.input_layernorm.weight too many"),
+        ({"hidden_size": -64}, "the model cannot be loaded ("),
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "the model cannot be loaded ("),
+        ({"dtype": "nonsense"}, "the model cannot be loaded ("),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("little_memory")
+def test_a_config_that_does_not_fit_the_weights(pkt: Run, model: Path, changes: dict[str, Any], message: str) -> None:
+    edit(model / "config.json", **changes)
+    assert message in refusal(pkt, model)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("config.json", "the model cannot be loaded ("),
+    ("tokenizer.json", "the model cannot be loaded ("),
+    ("tokenizer_config.json", "the model cannot be loaded ("),
+    ("model.safetensors", "the model cannot be loaded ("),
+    ("model.safetensors.index.json", "/model.safetensors.index.json: not readable as the index of a checkpoint"),
+    ("hub.yaml", "/hub.yaml: "),
+])  # fmt: skip
+@pytest.mark.parametrize("content", ["[1]", "{", "\0\0\0\0\0\0\0\x7f", '{"a": ' * 5000])
+def test_files_of_a_model_that_are_something_else(pkt: Run, model: Path, name: str, message: str, content: str) -> None:
+    (model / name).write_text(content)
+    assert refusal(pkt, model).startswith(message)
+
+
+@pytest.mark.parametrize("elsewhere", ["../else.safetensors", "/etc/passwd", "a/../model.safetensors", "x.bin", 3])
+def test_an_index_points_to_no_other_folder(pkt: Run, model: Path, elsewhere: object) -> None:
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model.parent / "else.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, elsewhere)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refusal(pkt, model) == (
+        f"/model.safetensors.index.json: names {elsewhere!r}; expected safetensors files in the same folder"
+    )
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    from pkt_stages.models.adapters import Adapter, save_adapter
+
+    factors = {"model.layers.0.mlp.up_proj": (torch.ones(2, 64), torch.ones(96, 2))}
+    save_adapter(tmp_path / "adapter", Adapter(factors, alpha=2.0), "target")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def refuse_adapter(pkt: Run, target_folder: Path, tmp_path: Path) -> Callable[[Path], str]:
+    def refused(adapter: Path) -> str:
+        metrics = tmp_path / "metrics.json"
+        given = (
+            "--delta",
+            adapter,
+            "--out",
+            tmp_path / "o.safetensors",
+            "--metrics",
+            metrics,
+            "--num-texts",
+            4,
+            "--batch-size",
+            4,
+        )
+        status, _, err = pkt("cka", "--first", target_folder, "--second", target_folder, "--texts", texts, *given)
+        assert status == 2 and err.count("pkt: ") == 1 and "Traceback" not in err, err
+        assert not metrics.exists()
+        return err.splitlines()[-1].removeprefix("pkt: error: ").removeprefix(f"{adapter}: ")
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "abc" * i}) + "\n" for i in range(1, 5)))
+    return refused
+
+
+def test_a_pickled_adapter_is_not_opened(refuse_adapter: Callable[[Path], str], adapter: Path, tmp_path: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"x": Payload(tmp_path / "marker")}, adapter / "adapter_model.bin")
+    assert refuse_adapter(adapter) == "expected a PEFT adapter, adapter_model.safetensors is missing"
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base_model.model.../../x", "adapter: the model has no weight ../../x.weight; it belongs to another target"),
+        ("base_model.model.model", "adapter: the model has no weight model.weight; it belongs to another target"),
+        ("base_model.model.", "unexpected tensor base_model.model..lora_A.weight of shape [2, 64] in a LoRA adapter"),
+        ("../../x", "unexpected tensor ../../x.lora_A.weight of shape [2, 64] in a LoRA adapter"),
+    ],
+)
+def test_names_in_an_adapter(refuse_adapter: Callable[[Path], str], adapter: Path, name: str, message: str) -> None:
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(96, 2)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert refuse_adapter(adapter) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"lora_alpha": None}, "2 and None"), ({"lora_alpha": "1"}, "2 and '1'"), ({"r": 0}, "0 and 2.0")],
+)
+def test_numbers_of_an_adapter(
+    refuse_adapter: Callable[[Path], str], adapter: Path, changes: dict[str, Any], found: str
+) -> None:
+    edit(adapter / "adapter_config.json", **changes)
+    assert refuse_adapter(adapter) == f"expected numbers r above 0 and lora_alpha, found {found}"
+
+
+# --- examples -----------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_no_paths(
+    pkt: Run, source_folder: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From ids and data set names that point elsewhere to deltas and predictions: all lies where it belongs."""
+    work = tmp_path / "a" / "work"
+    inputs = write_inputs(work, source_folder, target_folder)
+    for path in inputs.values():
+        if path.suffix == ".jsonl":
+            path.write_text(path.read_text().replace('"toy', '"../../toy'))
+    monkeypatch.chdir(work)
+    ids = [f"../../toy_{i}" for i in (0, 1, 2, 10, 11)]
+    extract, transfer = Path("extract.jsonl"), Path("transfer.jsonl")
+    transfer.write_text(
+        write_examples(transfer, ["It is 1.", "It is 2."], 10).read_text().replace('"toy', '"../../toy')
+    )
+    for model in (source_folder, target_folder):
+        given = ("--examples", extract, "--examples", transfer, "--out", f"{model.name}.safetensors")
+        assert pkt("attribute", "--model", model, *given)[0] == 0
+    scores = ("--source-scores", "source.safetensors", "--target-scores", "target.safetensors")
+    made = options(out=inputs["selection"], rows_out=inputs["rows"])
+    assert pkt("select", *scores, "--source", source_folder, "--max-rate", 0.25, *made)[0] == 0
+    given = options(**inputs, target=target_folder, out=Path("align"), metrics=Path("align.json"))
+    assert pkt("align", *given, "--steps", 1, "--batch-size", 4, "--validation-size", 3, "--init-std", 0.02)[0] == 0
+    given = options(selection=inputs["selection"], rows=inputs["rows"], target=target_folder, out=Path("deltas"))
+    status, _, err = pkt("inject", *given, "--hypernetwork", "align", "--metrics-in", "align.json")
+    assert status == 0, err
+    assert sorted(path.name for path in Path("deltas").iterdir()) == ["delta_0.safetensors", "delta_1.safetensors"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    assert list((tmp_path / "a").iterdir()) == [work]
+    assert [e["id"] for e in json.loads(pkt("inspect", "source.safetensors", "--json")[1])["meta"]["examples"]] == ids
