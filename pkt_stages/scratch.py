@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt_stages.artifacts import written_whole
+from pkt_stages.artifacts import write_json, written_whole
 from pkt_stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,11 +29,18 @@ def fingerprint(values: Any, files: Sequence[Path]) -> str:
     return total.hexdigest()[:32]
 
 
-class Shards:
-    """Finished units of one run as files of tensors, by name; processes that share the folder see each other's."""
+class _Folder:
+    """What one run leaves, until it is whole."""
 
     def __init__(self, parent: Path, run: str) -> None:
-        self._folder = parent / run
+        self.folder = parent / run
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Shards(_Folder):
+    """Finished units of one run as files of tensors, by name; processes that share the folder see each other's."""
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """The unit's tensors on the CPU, or None if it is not there or not whole."""
@@ -51,11 +58,25 @@ class Shards:
         with written_whole(self._path(name)) as temporary:
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
 
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+        return self.folder / f"{name}.safetensors"
+
+
+class Batches(_Folder):
+    """Finished batches of one run as JSON, by number."""
+
+    def read(self, batch: int) -> Any:
+        """A batch's result, or None if it is not there or was cut off."""
+        try:
+            return json.loads(self._path(batch).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write(self, batch: int, result: Any) -> None:
+        write_json(self._path(batch), result)
+
+    def _path(self, batch: int) -> Path:
+        return self.folder / f"batch_{batch:05}.json"
 
 
 class Seldom:
@@ -73,11 +94,11 @@ class Seldom:
         self._cost = self._saved - start
 
 
-class Scratch:
-    """The folder of one run: a checkpoint per step, and the state after the last one."""
+class Steps(_Folder):
+    """A checkpoint of one run per step, and the state after the last one."""
 
     def __init__(self, parent: Path, run: str) -> None:
-        self.folder = parent / run
+        super().__init__(parent, run)
         self._state = self.folder / "state.pt"
 
     def checkpoint(self, step: int) -> Path:
@@ -118,9 +139,6 @@ class Scratch:
             shutil.copyfile(self.checkpoint(step), beside / checkpoint_name(step))
         shutil.rmtree(out, ignore_errors=True)
         beside.replace(out)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def checkpoint_name(step: int) -> str:

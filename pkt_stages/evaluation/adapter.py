@@ -18,8 +18,8 @@ from lm_eval.api.model import LM
 from pkt_stages.encoding import Template, render_prompt, tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
-from pkt_stages.evaluation.scratch import Scratch
 from pkt_stages.progress import track
+from pkt_stages.scratch import Batches, fingerprint
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Adapter(LM):  # type: ignore[misc]
         self._seed = seed
         self._scratch_root = scratch
         self._facts = facts
-        self.scratches: list[Scratch] = []
+        self.scratches: list[Batches] = []
 
     @property
     def tokenizer_name(self) -> str:
@@ -118,7 +118,8 @@ class Adapter(LM):  # type: ignore[misc]
         order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         backend = [self._backend.name, self._backend.dtype, self._backend.identity, size]
-        scratch = Scratch(self._scratch_root, [backend, self._facts, facts]) if self._scratch_root else None
+        run = f"evaluate-{fingerprint([backend, self._facts, facts], [])}"
+        scratch = Batches(self._scratch_root, run) if self._scratch_root else None
         results: list[Any] = [None] * len(items)
         for number, batch in enumerate(track(batches, "asking the model")):
             found = scratch.read(number) if scratch else None

@@ -261,7 +261,7 @@ def align(
     from pkt_stages.models import load
     from pkt_stages.models.transfer import check_target, open_transfer
     from pkt_stages.progress import track
-    from pkt_stages.scratch import Scratch, check_out, fingerprint
+    from pkt_stages.scratch import Steps, check_out, fingerprint
 
     watch = Stopwatch()
     load.check_device(device)
@@ -273,7 +273,7 @@ def align(
     draw(list(data.align), params)  # complain before a large model is loaded
     check_out(out)
     meta = {side: transfer.meta[side] for side in ("source", "target")} | {"params": asdict(params)}
-    kept = Scratch(scratch, fingerprint([meta, asdict(data), device, micro_batch_size], [selection, rows]))
+    kept = Steps(scratch, fingerprint([meta, asdict(data), device, micro_batch_size], [selection, rows]))
     model = load.load_model(ref, dtype=params.dtype, device=device)
     run = Alignment(model, transfer, data, params, micro_batch_size=micro_batch_size)
 

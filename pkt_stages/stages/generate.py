@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pkt_stages.evaluation.backends import Backend
-    from pkt_stages.evaluation.scratch import Scratch
+    from pkt_stages.scratch import Batches
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Answer:
 
 def run(
     backend: Backend, examples: Sequence[Example], params: GenerateParams, scratch: Path
-) -> tuple[list[Answer], Scratch]:
+) -> tuple[list[Answer], Batches]:
     """One answer per example; and the finished batches, which wait in `scratch` for an interrupted run to go on.
 
     Raises:
@@ -69,8 +69,8 @@ def run(
     """
     from pkt_stages.encoding import render_prompt, tokenize
     from pkt_stages.evaluation.backends import Request, Sampling, completion
-    from pkt_stages.evaluation.scratch import Scratch
     from pkt_stages.progress import track
+    from pkt_stages.scratch import Batches, fingerprint
 
     requests = []
     for i, example in enumerate(examples):
@@ -84,7 +84,7 @@ def run(
     # Answers may depend on what else is in a batch, in the last bit.
     size = backend.batch_size
     facts = ["generate", backend.identity, backend.name, backend.dtype, size, asdict(params), [r.ids for r in requests]]
-    kept = Scratch(scratch, facts)
+    kept = Batches(scratch, f"generate-{fingerprint(facts, [])}")
     made: list[list[int]] = []
     batches = [requests[start : start + size] for start in range(0, len(requests), size)]
     for number, batch in enumerate(track(batches, "batches of answers")):
