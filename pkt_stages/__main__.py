@@ -28,6 +28,7 @@ from pkt_stages.stages.similarity import similarity
 from pkt_stages.stages.unaligned import unaligned
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
+from pkt_stages.tools.merge_lock import merge_lock
 
 app = typer.Typer(
     name="pkt",
@@ -41,7 +42,7 @@ app = typer.Typer(
 STAGES = (
     *(prepare, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, report),
-    *(inspect, doctor),
+    *(inspect, doctor, merge_lock),
 )
 for stage in STAGES:
     app.command()(stage)
