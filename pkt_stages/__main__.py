@@ -32,6 +32,7 @@ from pkt_stages.stages.unaligned import unaligned
 from pkt_stages.tools.convert import convert
 from pkt_stages.tools.doctor import doctor
 from pkt_stages.tools.inspect import inspect
+from pkt_stages.tools.merge_lock import merge_lock
 from pkt_stages.tools.pin import pin
 from pkt_stages.tools.plan import plan
 from pkt_stages.tools.sweep import sweep
@@ -49,7 +50,7 @@ STAGES = (
     *(prepare, texts, attribute, select, align, inject, control, seek, unaligned),
     *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, adopt, report),
 )
-TOOLS = (plan, sweep, pin, convert, inspect, doctor)
+TOOLS = (plan, sweep, pin, convert, inspect, merge_lock, doctor)
 for command in (*STAGES, *TOOLS):
     app.command()(command)
 

@@ -1,8 +1,13 @@
-"""Where does a tensor come from, and is it whole? Prints an artifact's metadata, shapes, ranges and checks."""
+"""Where does a tensor come from, and is it whole? Prints what a stage made: metadata, stage, shapes, ranges, checks.
+
+An artifact says itself which models and params it is of. An adapter in PEFT's format, a folder or a page cannot: for
+these the stage in dvc.lock says it, and whether this is still the file that the stage made.
+"""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,40 +16,104 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
+from pkt_stages.models import adapters
+from pkt_stages.tools.provenance import Origin, origin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST = 100
+WIDTH = 120
+FIRST = 3  # of a long list
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An artifact of a stage (.safetensors).")],
+    file: Annotated[Path, typer.Argument(help="What a stage made: an artifact (.safetensors), an adapter, a folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, for scripts.")] = False,
 ) -> None:
-    """Show what an artifact is: kind, models with their revisions, params, tensors with shapes and ranges; check it."""
+    """Show what an artifact is: kind, stage, models, revisions, params, tensors with shapes and ranges; check it."""
     found = run(file)
     typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(lines(found)))
-    if found["not_finite"]:
-        raise UserError(f"{file}: tensor {found['not_finite'][0]} holds NaN or infinity; make the file again")
+    if bad := [name for name, tensor in found.get("tensors", {}).items() if not tensor["finite"]]:
+        raise UserError(f"{file}: tensor {bad[0]} holds NaN or infinity; make the file again")
 
 
 def run(file: Path) -> dict[str, Any]:
-    """Everything about an artifact as JSON values.
+    """Everything about a file or folder as JSON values.
 
     Raises:
-        UserError: it is no artifact, or its tensors are not those of its kind.
+        UserError: it is no artifact or adapter and no stage has made it, or its tensors are not those of its kind.
     """
+    if file.name in (adapters.CONFIG, adapters.WEIGHTS) and adapters.is_adapter(file.parent):
+        file = file.parent
+    stage = origin(file)
+    if adapters.is_adapter(file):
+        return about(file, stage) | adapter(file, stage)
+    if stage is None and file.exists() and (file.is_dir() or file.suffix != ".safetensors"):
+        raise UserError(
+            f"{file}: expected an artifact (.safetensors), a LoRA adapter's folder, or what a stage in dvc.lock made"
+        )
+    if stage is None or file.suffix == ".safetensors":
+        return about(file, stage) | artifact(file, stage)
+    if not file.exists():
+        raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
+    inside = sorted(p.relative_to(file).as_posix() for p in file.rglob("*") if p.is_file()) if file.is_dir() else []
+    return about(file, stage) | {
+        "what": "folder" if file.is_dir() else "file",
+        "made_by": stage.command,
+        "files": inside,
+    }
+
+
+def about(file: Path, stage: Origin | None) -> dict[str, Any]:
+    """What every kind of file has: a name, a size, and the stage in dvc.lock."""
+    found: dict[str, Any] = {"file": file.name}
+    if file.is_file():
+        found |= {"bytes": file.stat().st_size, "sha256": artifacts.content_hash(file)}
+    if stage is not None:
+        found["stage"] = {"name": stage.stage, "is_current": stage.is_current}
+        # What says nothing about itself is explained by its stage.
+        if file.is_dir() or file.suffix != ".safetensors":
+            found["stage"] |= {"params": dict(stage.params), "inputs": dict(stage.inputs)}
+    return found
+
+
+def artifact(file: Path, stage: Origin | None) -> dict[str, Any]:
     opened = artifacts.load(file, artifacts.kind_of(file))
-    tensors = {name: describe(opened[name]) for name in sorted(opened.shapes)}
+    meta = dict(opened.meta)
     return {
-        "file": file.name,
-        "bytes": file.stat().st_size,
-        "sha256": artifacts.content_hash(file),
-        "made_by": artifacts.KINDS[opened.meta["kind"]].made_by,
-        "meta": dict(opened.meta),
-        "tensors": tensors,
-        "not_finite": [name for name, tensor in tensors.items() if not tensor["finite"]],
+        "what": f"{meta['kind']} artifact",
+        "made_by": maker(meta),
+        "meta": meta,
+        "tensors": {name: describe(opened[name]) for name in sorted(opened.shapes)},
+    }
+
+
+def maker(meta: Mapping[str, Any]) -> str:
+    """The command that made an artifact; three make deltas."""
+    params = meta.get("params")
+    if meta["kind"] == "delta" and isinstance(params, dict):
+        if "control" in params:
+            return "pkt control"
+        if "approach" in params:
+            return "pkt unaligned"
+    return artifacts.KINDS[meta["kind"]].made_by
+
+
+def adapter(folder: Path, stage: Origin | None) -> dict[str, Any]:
+    opened = adapters.load_adapter(folder)
+    config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+    weights = folder / adapters.WEIGHTS
+    return {
+        "what": "LoRA adapter (PEFT)",
+        "made_by": stage.command if stage else None,
+        "bytes": weights.stat().st_size,
+        "sha256": artifacts.content_hash(weights),
+        "meta": {"target": config.get("base_model_name_or_path"), "rank": opened.rank, "alpha": opened.alpha},
+        "tensors": {
+            f"{module}.{letter}": describe(factor)
+            for module, pair in sorted(opened.factors.items())
+            for letter, factor in zip("AB", pair, strict=True)
+        },
     }
 
 
@@ -63,15 +132,74 @@ def describe(tensor: Tensor) -> dict[str, Any]:
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The same for reading."""
-    meta = dict(found["meta"])
-    kind, schema = meta.pop("kind"), meta.pop("schema_version")
-    yield f"{found['file']}: {kind} artifact (schema {schema}), made by `{found['made_by']}`"
-    yield f"  {found['bytes']:,} bytes, sha256 {found['sha256']}"
-    for name, value in sorted(meta.items()):
-        text = json.dumps(value, sort_keys=True)
-        yield f"  {name}: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}"
-    yield f"  {len(found['tensors'])} tensors:"
-    for name, tensor in found["tensors"].items():
+    meta = dict(found.get("meta", {}))
+    kind, schema = meta.pop("kind", None), meta.pop("schema_version", None)
+    version = f" (schema {schema})" if kind else ""
+    yield f"{found['file']}: {found['what']}{version}, made by " + (
+        f"`{found['made_by']}`" if found["made_by"] else "?"
+    )
+    if "bytes" in found:
+        yield f"  {found['bytes']:,} bytes, sha256 {found['sha256']}"
+    stage = found.get("stage")
+    if stage is not None:
+        yield f"  stage: {stage['name']}"
+    elif kind is None:
+        yield "  stage: unknown, no dvc.lock around it names this; an adapter itself holds no revision and no params"
+    for name, value in flat(meta):
+        yield from wrapped(name, value)
+    if stage is not None:
+        for name, value in flat({"params": stage.get("params", {})}):
+            yield from wrapped(name, value)
+        yield from (f"  input: {name}, md5 {md5}" for name, md5 in sorted(stage.get("inputs", {}).items()))
+    if found.get("files"):
+        yield f"  {len(found['files'])} files, to be inspected one by one:"
+        yield from (f"    {name}" for name in found["files"])
+    tensors = found.get("tensors", {})
+    if tensors:
+        yield f"  {len(tensors)} tensors:"
+    for name, tensor in tensors.items():
         span = f"  {tensor['min']:.6g} .. {tensor['max']:.6g}" if "min" in tensor else ""
         yield f"    {name}  {tensor['dtype']} {tensor['shape']}{span}{'' if tensor['finite'] else '  NOT FINITE'}"
-    yield "  content: " + ("NOT FINITE" if found["not_finite"] else "as its kind declares, all values finite")
+    said = []
+    if tensors:
+        finite = all(tensor["finite"] for tensor in tensors.values())
+        said.append("as its kind declares, all values finite" if finite else "NOT FINITE")
+    if stage is not None and stage["is_current"]:
+        said.append("the bytes that its stage in dvc.lock made")
+    elif stage is not None:
+        said.append(
+            f"NOT what dvc.lock names: older, edited or only partly here; `dvc pull {stage['name']}` fetches that"
+        )
+    yield f"  content: {'; '.join(said)}"
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as lines `name.below: key value, key value`, those with a model's revision first."""
+    for name, value in sorted(values.items(), key=lambda item: ("revision" not in json.dumps(item[1]), item[0])):
+        if not isinstance(value, dict):
+            yield above + name, shown(value)
+            continue
+        plain = {key: v for key, v in value.items() if not isinstance(v, dict)}
+        if plain:
+            yield above + name, ", ".join(f"{key} {shown(v)}" for key, v in sorted(plain.items()))
+        yield from flat({key: v for key, v in value.items() if key not in plain}, f"{above}{name}.")
+
+
+def shown(value: Any) -> str:
+    """A value as JSON; of a long list its length and the first ones."""
+    if isinstance(value, list) and len(value) > 2 * FIRST:
+        return f"{len(value)}: {', '.join(shown(v) for v in value[:FIRST])}, ..."
+    if isinstance(value, str):
+        return value if value.isprintable() and value.strip() == value != "" else json.dumps(value)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def wrapped(name: str, value: str) -> list[str]:
+    return textwrap.wrap(
+        f"{name}: {value}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

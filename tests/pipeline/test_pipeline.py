@@ -163,3 +163,63 @@ def test_a_new_task_reruns_nothing_that_exists(first: Path) -> None:
         assert {name for name in stale(first) if name.endswith("gsm8k")} == set()
     finally:
         (first / "params.yaml").write_text(before)
+
+
+@pytest.fixture(scope="module")
+def third(first: Path) -> Path:
+    """A clone without the source model after everything was made and pushed, of this profile and of a second one."""
+    dvc(first, "repro", "-q")
+    other = first / "profiles/other"
+    other.mkdir(parents=True)
+    shutil.copy(first / "dvc.yaml", other)
+    params = yaml.safe_load((first / "params.yaml").read_text())
+    params |= {"profile": "other", "root": "../..", "params_file": "profiles/other/params.yaml"}
+    (other / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert len(ran(dvc(first, "repro", "profiles/other/dvc.yaml:prepare@gsm8k"))) == 1
+    dvc(first, "push", "-q")
+    run(first, "git", "add", "-A")
+    run(first, "git", "commit", "-q", "-m", "all results, and a second profile")
+    folder = first.parent / "third"
+    run(first.parent, "git", "clone", "-q", str(first), str(folder))
+    shutil.rmtree(folder / "data/tiny/source-chat")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("report", {"tiny/report"}),
+        (f"select@{PAIR}", {f"tiny/select/{PAIR.removesuffix('-gsm8k')}/gsm8k"}),
+        ("profiles/other/dvc.yaml:prepare", {"other/prepare/gsm8k"}),
+    ],
+    ids=["the report", "the deltas of a task", "another profile's stage"],
+)
+def test_a_part_is_fetched_alone(third: Path, target: str, expected: set[str]) -> None:
+    shutil.rmtree(third / "artifacts", ignore_errors=True)
+    dvc(third, "pull", "-q", target)
+    found = {file.parent.relative_to(third / "artifacts") for file in (third / "artifacts").rglob("*.*")}
+    assert {str(folder) for folder in found if folder.name != "figures"} == expected
+
+
+def test_a_profile_is_fetched_alone(first: Path, third: Path) -> None:
+    shutil.rmtree(third / "artifacts", ignore_errors=True)
+    dvc(third, "pull", "-q", "dvc.yaml")
+    mine, theirs = (
+        {str(path.relative_to(folder / "artifacts")) for path in (folder / "artifacts").rglob("*.*")}
+        for folder in (third, first)
+    )
+    assert mine == {path for path in theirs if path.startswith("tiny/")} < theirs
+
+
+def test_a_colleague_adds_a_method_and_gets_a_whole_report(third: Path) -> None:
+    shutil.rmtree(third / "artifacts", ignore_errors=True)
+    assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == set()
+    change(third, lambda p: p["target_methods"].append("postpkt_pissa"))
+    added = {f"{stage}@postpkt_pissa-{TARGET}" for stage in ("finetune", "evaluate_target")}
+    assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == added | {"report"}
+    mine, theirs = ((folder / "results/tiny/report.json").read_text() for folder in (third, third.parent / "first"))
+    assert "postpkt_pissa" in mine and "postpkt_pissa" not in theirs
+    table = (third / "results/tiny/report.md").read_text()
+    assert all(row in table for row in ("LaTen", "LoRA, random init", "source: source-chat"))
+    # What was not needed was not fetched: neither scores nor deltas.
+    assert not (third / "artifacts/tiny/attribute").exists() and not (third / "artifacts/tiny/select").exists()

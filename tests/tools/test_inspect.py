@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from pkt_stages import artifacts
+from pkt_stages.models.adapters import Adapter, save_adapter
+from pkt_stages.tools.inspect import flat, maker
+from pkt_stages.tools.provenance import md5
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -25,7 +28,7 @@ def test_what_an_artifact_is(pkt: Run, file: Path) -> None:
     status, printed, err = pkt("inspect", file)
     assert status == 0, err
     assert printed.splitlines()[0] == "c.safetensors: cka artifact (schema 1), made by `pkt cka`"
-    assert '  first: {"name": "s", "revision": "abc"}\n  params: {"num_texts": 8}\n' in printed
+    assert "  first: name s, revision abc\n  params: num_texts 8\n" in printed
     assert "    cka.ffn_up  float64 [1, 2]  0.25 .. 0.5\n" in printed
     assert printed.endswith("  content: as its kind declares, all values finite\n")
     found = json.loads(pkt("inspect", file, "--json")[1])
@@ -64,5 +67,111 @@ def test_broken_files(pkt: Run, file: Path) -> None:
         status, printed, err = pkt("inspect", file)
         assert (status, printed) == (2, "")
         assert err.startswith(f"pkt: error: {file}: not a readable safetensors file (") and err.count("\n") == 1
+    file.rename(file := file.with_suffix(".jsonl"))
+    assert pkt("inspect", file)[2] == (
+        f"pkt: error: {file}: expected an artifact (.safetensors), a LoRA adapter's folder,"
+        " or what a stage in dvc.lock made\n"
+    )
     file.unlink()
     assert pkt("inspect", file)[2] == f"pkt: error: {file}: no such file; expected an artifact (.safetensors)\n"
+
+
+def test_models_and_params_are_shown_whole() -> None:
+    """A stranger needs the revision more than anything: it comes first, and nothing but long lists is cut."""
+    meta = {
+        "examples": [{"id": f"e{i}"} for i in range(9)],
+        "params": {"align": {"lr": 1e-3, "given": "selected"}, "seed": 0},
+        "source": {"geometry": {"d_ff": 256}, "model": {"name": "s", "revision": "f" * 200}},
+    }
+    assert list(flat(meta)) == [
+        ("source.model", "name s, revision " + "f" * 200),
+        ("source.geometry", "d_ff 256"),
+        ("examples", '9: {"id": "e0"}, {"id": "e1"}, {"id": "e2"}, ...'),
+        ("params", "seed 0"),
+        ("params.align", "given selected, lr 0.001"),
+    ]
+
+
+def test_three_commands_make_deltas() -> None:
+    made = [{"inject": {}}, {"inject": {}, "control": {}}, {"approach": "seeking"}]
+    assert [maker({"kind": "delta", "params": params}) for params in made] == [
+        "pkt inject",
+        "pkt control",
+        "pkt unaligned",
+    ]
+
+
+LOCK = """\
+schema: '2.0'
+stages:
+  finetune@mine:
+    cmd: pkt finetune --out made/mine
+    deps:
+    - path: data/model
+      md5: abc.dir
+    - path: pkt_stages/stages/finetune.py
+      md5: def
+    params:
+      params.yaml:
+        finetune:
+          lr: 0.003
+    outs:
+    - path: made/mine
+      md5: HASH
+"""
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter that a stage of a profile has made."""
+    folder = tmp_path / "made/mine/seed_0"
+    save_adapter(folder, Adapter({"model.layers.0.mlp.up_proj": (torch.ones(2, 3), torch.zeros(4, 2))}, 2.0), "target")
+    for name in (".dvc", "profiles/p"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "profiles/p/dvc.lock").write_text(LOCK.replace("HASH", md5(folder.parent)))
+    return folder
+
+
+def test_an_adapter_and_the_stage_that_made_it(pkt: Run, adapter: Path) -> None:
+    status, printed, err = pkt("inspect", adapter)
+    assert status == 0, err
+    first, size, *rest = printed.splitlines()
+    assert first == "seed_0: LoRA adapter (PEFT), made by `pkt finetune`"
+    assert size.endswith(artifacts.content_hash(adapter / "adapter_model.safetensors"))
+    assert rest == [
+        "  stage: profiles/p/dvc.yaml:finetune@mine",
+        "  alpha: 2.0",
+        "  rank: 2",
+        "  target: target",
+        "  params.finetune: lr 0.003",
+        "  input: data/model, md5 abc.dir",
+        "  2 tensors:",
+        "    model.layers.0.mlp.up_proj.A  float32 [2, 3]  1 .. 1",
+        "    model.layers.0.mlp.up_proj.B  float32 [4, 2]  0 .. 0",
+        "  content: as its kind declares, all values finite; the bytes that its stage in dvc.lock made",
+    ]
+    assert pkt("inspect", adapter / "adapter_model.safetensors") == (0, printed, "")
+
+
+def test_a_folder_and_what_is_no_longer_what_the_stage_made(pkt: Run, adapter: Path, tmp_path: Path) -> None:
+    printed = pkt("inspect", adapter.parent)[1]
+    assert "mine: folder, made by `pkt finetune`\n" in printed and "    seed_0/adapter_config.json\n" in printed
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + "\n")
+    assert pkt("inspect", adapter)[1].endswith(
+        "; NOT what dvc.lock names: older, edited or only partly here;"
+        " `dvc pull profiles/p/dvc.yaml:finetune@mine` fetches that\n"
+    )
+    assert pkt("inspect", tmp_path / "made/mine/gone.json")[2] == (
+        f"pkt: error: {tmp_path}/made/mine/gone.json: not here; fetch it with:"
+        " dvc pull profiles/p/dvc.yaml:finetune@mine\n"
+    )
+    (tmp_path / ".dvc").rmdir()
+    assert "  stage: unknown, no dvc.lock around it names this" in pkt("inspect", adapter)[1]
+
+
+def test_a_folder_is_hashed_as_dvc_does(tmp_path: Path) -> None:
+    """Recorded from dvc 3.67.1."""
+    for name, text in (("b/x", "1"), ("b-/x", "2"), ("a", "3")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert md5(tmp_path) == "2ff9b18e8ca6cc0f8a4d5bdfbdebafe5.dir"
