@@ -13,8 +13,11 @@ INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pytho
 
 .PHONY: run test lint soak tiny
 
+# What `dvc repro` runs, two stages at a time. One thread each, because sums in float32 depend on the number of threads.
+WORKERS ?= 2
+
 run: .venv/run
-	@python -m pkt_stages.warm dvc repro
+	@OMP_NUM_THREADS=1 python -m pkt_stages.warm pkt sweep --workers $(WORKERS)
 	@cat results/tiny/report.md
 	@echo 'report: artifacts/tiny/report/report.html'
 
