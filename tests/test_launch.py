@@ -80,3 +80,11 @@ def test_a_wrong_variable_stops_every_command(
     assert (status, out) == (2, "")
     assert err.startswith(f"pkt: error: {message}")
     assert err.count("\n") == 1
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    """Each stage's `pkt` would take seconds more, also where a warm process does the work."""
+    heavy = "{'torch', 'transformers', 'dvc', 'datasets', 'jinja2'}"
+    code = f"import sys, pkt_stages.__main__; sys.exit(str(sorted({heavy} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"

@@ -16,7 +16,6 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.models import adapters
 from pkt_stages.tools.provenance import Origin, origin
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ def run(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no artifact or adapter and no stage has made it, or its tensors are not those of its kind.
     """
+    from pkt_stages.models import adapters
+
     if file.name in (adapters.CONFIG, adapters.WEIGHTS) and adapters.is_adapter(file.parent):
         file = file.parent
     stage = origin(file)
@@ -100,6 +101,8 @@ def maker(meta: Mapping[str, Any]) -> str:
 
 
 def adapter(folder: Path, stage: Origin | None) -> dict[str, Any]:
+    from pkt_stages.models import adapters
+
     opened = adapters.load_adapter(folder)
     config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
     weights = folder / adapters.WEIGHTS
