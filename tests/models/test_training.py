@@ -84,14 +84,19 @@ def test_several_gpus_are_refused(target_folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", target_folder, RECIPE, device="cuda")
-    assert str(caught.value) == "2 GPUs are visible, training uses one; set CUDA_VISIBLE_DEVICES"
+    assert str(caught.value) == (
+        "2 GPUs are visible, one process trains on one; set CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
+    )
 
 
-@pytest.mark.parametrize(("batch_size", "most", "micro"), [(64, 4, 4), (64, 100, 64), (6, 4, 3), (7, 4, 1)])
-def test_micro_batches_divide_the_batch(batch_size: int, most: int, micro: int, tmp_path: Path) -> None:
-    found = training._arguments(replace(RECIPE, batch_size=batch_size), tmp_path, 0, most, "cpu")
+@pytest.mark.parametrize(
+    ("batch_size", "most", "processes", "micro"),
+    [(64, 4, 1, 4), (64, 100, 1, 64), (6, 4, 1, 3), (7, 4, 1, 1), (64, 4, 2, 4), (64, 100, 2, 32), (6, 4, 2, 3)],
+)
+def test_micro_batches_divide_the_batch(batch_size: int, most: int, processes: int, micro: int, tmp_path: Path) -> None:
+    found = training._arguments(replace(RECIPE, batch_size=batch_size), tmp_path, 0, most, "cpu", processes)
     assert found["per_device_train_batch_size"] == micro
-    assert found["gradient_accumulation_steps"] * micro == batch_size
+    assert found["gradient_accumulation_steps"] * micro * processes == batch_size
 
 
 @pytest.mark.parametrize(
