@@ -85,7 +85,8 @@ def test_several_gpus_are_refused(target_folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", target_folder, RECIPE, device="cuda")
     assert str(caught.value) == (
-        "2 GPUs are visible, one process trains on one; set CUDA_VISIBLE_DEVICES, or start one process per GPU with torchrun"
+        "2 GPUs are visible, one process trains on one; set CUDA_VISIBLE_DEVICES, or start one process per GPU with"
+        " torchrun"
     )
 
 
