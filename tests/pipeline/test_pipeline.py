@@ -125,7 +125,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(
                 f"cka_transfer@laten-{PAIR}",
             },
         ),
-        ("core/similarity.py", ANALYSIS - {"neurons@source-chat-gsm8k", "neurons@target-chat-gsm8k"}),
+        ("core/similarity.py", ANALYSIS - {"texts", "neurons@source-chat-gsm8k", "neurons@target-chat-gsm8k"}),
         ("artifacts.py", set()),
     ],
 )
