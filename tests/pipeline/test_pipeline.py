@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
 
