@@ -70,13 +70,16 @@ class Group:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group that the launcher's variables describe, for the time of the context."""
+    """The group that the launcher's variables describe, for the time of the context; one that is there already stays."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group()
         return
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield Group(dist.get_rank(), size)
+        return
     # Only CPU tensors travel, so the same backend serves with and without GPUs.
     dist.init_process_group("gloo")
     try:

@@ -20,7 +20,9 @@ from tests.conftest import write_examples
 Run = Callable[..., tuple[int, str, str]]
 SCRIPT = """
 import json, sys
+import torch.distributed as dist
 from pkt_stages.__main__ import main
+dist.init_process_group("gloo")  # once: a second one would find the first one's addresses in the launcher's store
 for command in json.load(open(sys.argv[1])):
     sys.argv = ["pkt", *command]
     try:
