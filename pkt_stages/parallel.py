@@ -70,7 +70,7 @@ class Group:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group that the launcher's variables describe, for the time of the context; one that is there already stays."""
+    """The group that the launcher's variables describe, for the time of the context; one that is there stays."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group()
