@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +64,20 @@ def undisturbed(folder: Path, faults: Path, *targets: str) -> list[Write]:
     return [Write(stage, int(number), event, Path(path)) for stage, number, event, path in lines]  # type: ignore[arg-type]
 
 
+def until_gone(folder: Path) -> None:
+    """Wait, for ten seconds at most, until the system has buried the processes that DVC's rwlock names.
+
+    DVC takes one that was killed and not yet buried for alive, and refuses to touch its files.
+    """
+    try:
+        named = re.findall(r'"pid": (\d+)', (folder / ".dvc/tmp/rwlock").read_text())
+    except FileNotFoundError:
+        return
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in named) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def disturbed(folder: Path, faults: Path, plan: Sequence[Fault], *targets: str) -> dict[Fault, str]:
     """Run again and again until all is done; what each broken run printed. Every fault strikes, one a run."""
     (faults / "fired").mkdir(parents=True)
@@ -70,6 +86,7 @@ def disturbed(folder: Path, faults: Path, plan: Sequence[Fault], *targets: str) 
     struck: set[str] = set()
     while True:
         done = repro(folder, faults, *targets)
+        until_gone(folder)
         new = {path.name for path in (faults / "fired").iterdir()} - struck
         if done.returncode == 0:
             assert not new, "a stage that was broken has succeeded"
