@@ -65,17 +65,24 @@ def undisturbed(folder: Path, faults: Path, *targets: str) -> list[Write]:
 
 
 def until_gone(folder: Path) -> None:
-    """Wait, for ten seconds at most, until the system has buried the processes that DVC's rwlock names.
+    """Wait until the processes that DVC's rwlock names have ended, and remove it then, as DVC's own message advises.
 
-    DVC takes one that was killed and not yet buried for alive, and refuses to touch its files.
+    DVC takes a killed process that nobody has waited for (a zombie) for alive, and would refuse to touch its files.
     """
-    try:
-        named = re.findall(r'"pid": (\d+)', (folder / ".dvc/tmp/rwlock").read_text())
-    except FileNotFoundError:
-        return
+    lock = folder / ".dvc/tmp/rwlock"
+    named = re.findall(r'"pid": (\d+)', lock.read_text()) if lock.exists() else []
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in named) and time.monotonic() < end:
+    while any(_runs(pid) for pid in named):
+        assert time.monotonic() < end, f"still running: {named}"
         time.sleep(0.1)
+    lock.unlink(missing_ok=True)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def disturbed(folder: Path, faults: Path, plan: Sequence[Fault], *targets: str) -> dict[Fault, str]:
