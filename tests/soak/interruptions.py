@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from pkt_stages.artifacts import content_hash
 from tests.pipeline.repository import ROOT, environment
 
@@ -107,9 +109,16 @@ def disturbed(folder: Path, faults: Path, plan: Sequence[Fault], *targets: str) 
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of all that a run leaves: outputs, and DVC's record of them."""
+    """Hashes of all outputs that a run leaves, and DVC's record of each stage.
+
+    The order of the records is left out: it is that of the runs, and DVC takes independent stages in the order of a
+    Python set, which changes with the process.
+    """
     files = [path for part in ("artifacts", "results") for path in (folder / part).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): content_hash(path) for path in (*files, folder / "dvc.lock")}
+    records = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    return {str(path.relative_to(folder)): content_hash(path) for path in files} | {
+        name: json.dumps(record, sort_keys=True) for name, record in records.items()
+    }
 
 
 def leftovers(folder: Path) -> list[Path]:
