@@ -35,6 +35,7 @@ from pkt_stages.tools.inspect import inspect
 from pkt_stages.tools.merge_lock import merge_lock
 from pkt_stages.tools.pin import pin
 from pkt_stages.tools.plan import plan
+from pkt_stages.tools.provenance import check_inputs
 from pkt_stages.tools.sweep import sweep
 
 app = typer.Typer(
@@ -64,6 +65,8 @@ def main() -> None:
         if name in stages and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
         launch.check_processes(name)
+        if name in stages and os.environ.get("RANK", "0") == "0":
+            check_inputs(sys.argv[2:])
         app()
     except UserError as error:
         print(f"pkt: error: {error}", file=sys.stderr)

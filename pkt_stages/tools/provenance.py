@@ -1,18 +1,22 @@
-"""Which stage made a file? dvc.lock knows, also of files that cannot say it (adapters, predictions, pages)."""
+"""Which stage made a file, and is it still that file? dvc.lock knows, also of files that cannot say it (adapters)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pkt_stages.errors import UserError
+from pkt_stages.progress import track
+
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+OUTPUTS = (("artifacts",), ("results",))  # where stages write
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,73 @@ def origin(path: Path) -> Origin | None:
     if root is None:
         return None
     wanted = absolute.relative_to(root)
-    for lock in sorted((*root.glob("dvc.lock"), *root.glob("*/*/dvc.lock"))):
-        try:
-            stages = yaml.load(lock.read_text(encoding="utf-8"), LOADER)["stages"]
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-            continue  # in a merge, say; `dvc status` complains about it
-        for name, entry in stages.items():
+    for lock in locks(root):
+        for name, entry in stages(lock).items():
             for out in entry.get("outs", ()):
                 if wanted.is_relative_to(out["path"]):
-                    folder = lock.parent.relative_to(root)
                     return Origin(
-                        stage=name if lock.parent == root else f"{(folder / 'dvc.yaml').as_posix()}:{name}",
+                        stage=address(root, lock, name),
                         command=" ".join(str(entry["cmd"]).split()[:2]),
                         params={k: v for section in entry.get("params", {}).values() for k, v in section.items()},
                         inputs={d["path"]: d["md5"] for d in entry.get("deps", ()) if not is_code(d["path"])},
                         is_current=md5(root / out["path"]) == out.get("md5"),
                     )
     return None
+
+
+def check_inputs(words: Sequence[str]) -> None:
+    """Under DVC: refuse a stage's inputs whose content is not what dvc.lock says that their own stages have made.
+
+    DVC itself goes by times and permissions, so that a bit that flipped in its cache would be used unseen.
+
+    Args:
+        words: the stage's command line; its paths are those of inputs, as DVC has removed the old outputs.
+
+    Raises:
+        UserError: naming the first such file or folder, its stage, and what to do.
+    """
+    if not {"DVC_ROOT", "DVC_STAGE"} <= set(os.environ):
+        return
+    root = Path(os.environ["DVC_ROOT"])
+    paths = {Path(os.path.relpath(word, root)) for word in words if os.path.exists(word)}
+    wanted = {path for path in paths if path.parts[:1] in OUTPUTS}
+    found: dict[str, tuple[str, str]] = {}  # the output, its stage and MD5
+    # The stage's own lock file first: large ones take a while to read, and mostly no other is needed.
+    own = root / os.environ["DVC_STAGE"].rpartition(":")[0]
+    for lock in sorted(locks(root), key=lambda lock: lock.parent != own.parent):
+        text = lock.read_text(encoding="utf-8")
+        if not any(f"path: {part.as_posix()}\n" in text for path in wanted for part in (path, *path.parents)):
+            continue
+        for name, entry in stages(lock).items():
+            for out in entry.get("outs", ()):
+                if "md5" in out and (inside := {path for path in wanted if path.is_relative_to(out["path"])}):
+                    found[out["path"]] = address(root, lock, name), out["md5"]
+                    wanted -= inside
+    for path in track(sorted(found), "check inputs"):
+        stage, recorded = found[path]
+        if (now := md5(root / path)) != recorded:
+            raise UserError(
+                f"{path}: not what its stage has made (MD5 {recorded} in dvc.lock, {now} on disk); if it is damaged,"
+                f" `pkt doctor --cache` says what to do; if you have changed it, `dvc commit {stage}` records that"
+            )
+
+
+def locks(root: Path) -> list[Path]:
+    return sorted((*root.glob("dvc.lock"), *root.glob("*/*/dvc.lock")))
+
+
+def address(root: Path, lock: Path, name: str) -> str:
+    """A stage as DVC's commands take it in the project's root."""
+    folder = lock.parent.relative_to(root)
+    return name if lock.parent == root else f"{(folder / 'dvc.yaml').as_posix()}:{name}"
+
+
+def stages(lock: Path) -> dict[str, Any]:
+    """The records of a dvc.lock; none if it is unreadable (in a merge, say), which `dvc status` complains about."""
+    try:
+        return dict(yaml.load(lock.read_text(encoding="utf-8"), LOADER)["stages"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}
 
 
 def is_code(path: str) -> bool:

@@ -249,12 +249,11 @@ def _strays() -> list[str]:
     ]
 
 
-def test_environment_is_empty(level: levels.Level, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_not_the_hosts(level: levels.Level, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     code = "import os\ndef f(x):\n    return sorted(os.environ)\n"
-    seen = (
-        "def check(candidate):\n    assert set(candidate(1)) <= {'HOME', 'PYTHONHASHSEED', 'LC_CTYPE'}, candidate(1)\n"
-    )
+    names = ["HOME", "LC_ALL", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONUTF8", "TZ"]
+    seen = f"def check(candidate):\n    assert candidate(1) == {names}, candidate(1)\n"
     assert judge([job(code, seen)], level, LIMITS) == [Verdict("passed", "")]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.repository import dvc, make_repository, ran, run, shrink
-from tests.soak.interruptions import Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
+from tests.soak.interruptions import Fault, Write, contents, disturbed, leftovers, one_line, repro, undisturbed
 
 Run = Callable[..., tuple[int, str, str]]
 PAIR = "source-chat-target-chat-gsm8k"
@@ -82,10 +82,10 @@ def test_a_damaged_output_is_brought_back(calm: tuple[Path, list[Write]], how: s
     assert contents(folder) == before
 
 
-def test_a_damaged_cache_is_named_and_made_anew(
-    calm: tuple[Path, list[Write]], pkt: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_cache_is_not_used_and_made_anew(
+    calm: tuple[Path, list[Write]], pkt: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """DVC does not look into read-only objects; `pkt doctor --cache` does, and says what brings all back."""
+    """DVC does not look into read-only objects. Stages do; `pkt doctor --cache` says what brings all back."""
     folder, _ = calm
     before = contents(folder)
     recorded = json.loads(dvc(folder, "ls", ".", ROWS, "--dvc-only", "--json", "--show-hash"))[0]["md5"]
@@ -95,7 +95,10 @@ def test_a_damaged_cache_is_named_and_made_anew(
     damage(broken, "flipped")
     (folder / ROWS).unlink()
     assert ran(dvc(folder, "repro", ALIGN)) == set()
-    assert contents(folder) != before, "DVC has become careful: is `pkt doctor --cache` still needed?"
+    assert contents(folder) != before, "DVC has become careful: are our own checks still needed?"
+    refused = repro(folder, tmp_path, "--single-item", "--force", ALIGN)
+    assert refused.returncode != 0
+    assert one_line(refused.stderr).startswith(f"pkt: error: {ROWS}: not what its stage has made (MD5 {recorded} in")
     status, printed, err = pkt("doctor", "--cache")
     assert (status, err.splitlines()[-1]) == (2, "pkt: error: DVC cache content: see above")
     advice = printed.splitlines()[-1].strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import importlib
 import json
 import os
@@ -145,8 +146,6 @@ def _modules(tree: ast.Module) -> set[str]:
 
 def _bound(code: CodeType) -> set[str]:
     """The names that a piece of code binds at top level."""
-    import dis
-
     return {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
 
 

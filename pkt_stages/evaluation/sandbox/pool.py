@@ -80,16 +80,17 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
     """One verdict per job, in order.
 
     Args:
-        num_workers: samples at a time; by default the number of cores this process may use.
+        num_workers: samples at a time; by default the number of cores this process may use, one sample on each.
 
     Raises:
         RuntimeError: a worker, which is trusted code, broke.
     """
     if not jobs:
         return []
-    count = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    cores = sorted(os.sched_getaffinity(0))
+    count = min(num_workers or len(cores), len(jobs))
     idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    workers = [_start_worker(level, limits) for _ in range(count)]
+    workers = [_start_worker(level, limits, cores[i % len(cores)]) for i in range(count)]
     for worker in workers:
         idle.put(worker)
 
@@ -110,8 +111,8 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
             _stop_worker(worker, limits)
 
 
-def _start_worker(level: Level, limits: Limits) -> subprocess.Popen[str]:
-    settings = json.dumps({"level": level, **asdict(limits)})
+def _start_worker(level: Level, limits: Limits, core: int) -> subprocess.Popen[str]:
+    settings = json.dumps({"level": level, "core": core, **asdict(limits)})
     command = [sys.executable, "-m", "pkt_stages.evaluation.sandbox.worker", settings]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
 
