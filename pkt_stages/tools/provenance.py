@@ -16,7 +16,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.progress import track
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-OUTPUTS = (("artifacts",), ("results",))  # where stages write
+OUTPUTS = ("artifacts", "results")  # where stages write
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_inputs(words: Sequence[str]) -> None:
         return
     root = Path(os.environ["DVC_ROOT"])
     paths = {Path(os.path.relpath(word, root)) for word in words if os.path.exists(word)}
-    wanted = {path for path in paths if path.parts[:1] in OUTPUTS}
+    wanted = {path for path in paths if path.parts and path.parts[0] in OUTPUTS}
     found: dict[str, tuple[str, str]] = {}  # the output, its stage and MD5
     # The stage's own lock file first: large ones take a while to read, and mostly no other is needed.
     own = root / os.environ["DVC_STAGE"].rpartition(":")[0]

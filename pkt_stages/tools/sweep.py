@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from pkt_stages.errors import UserError
+from pkt_stages.tools.provenance import OUTPUTS
 
 TICK_SECONDS = 0.1
 SHOWN_LINES = 20  # of a failing stage's output
@@ -45,11 +46,27 @@ class Graph:
         try:
             with lock_repo(repo):
                 wanted = collect_stages(repo, targets or ["dvc.yaml"], glob=glob)
-                graph = get_active_graph(repo.index.graph)
+                graph = get_active_graph(self._around(wanted))
                 self.stages: list[Any] = plan_repro(graph, wanted)
         except DvcException as error:
             raise UserError(" ".join(str(error).split())) from None
         self.upstream: dict[Any, list[Any]] = {stage: list(graph.successors(stage)) for stage in self.stages}
+
+    def _around(self, wanted: Sequence[Any]) -> Any:
+        """DVC's graph of the stage files of these stages, or of the whole project if they use what others may make.
+
+        To read all profiles takes DVC ten seconds.
+        """
+        from dvc.repo.index import Index
+
+        paths = sorted({stage.path for stage in wanted})
+        index = Index.from_indexes(self._repo, [Index.from_file(self._repo, path) for path in paths])
+        for dependency in index.deps:
+            inside = os.path.relpath(dependency.fs_path, self._repo.root_dir).split(os.sep)[0] in OUTPUTS
+            key = dependency.fs.parts(dependency.fs_path)
+            if inside and not index.outs_trie.has_node(key) and not index.outs_trie.shortest_prefix(key):
+                return self._repo.index.graph
+        return index.graph
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[bool]:
