@@ -6,9 +6,8 @@ import contextlib
 import json
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from pkt_stages.examples import from_benchmark, read_examples, read_rows
 from pkt_stages.params import build, read_method, read_section
 from pkt_stages.tools import inspect
 from tests.evaluation.test_scoring import last_number
+from tests.test_params import Example
 
 # One file is written over and over again, so a test's folder may serve all of its examples.
 many = settings(
@@ -129,21 +129,11 @@ def test_names_of_tensors_are_words(tmp_path: Path, name: str) -> None:
 # --- params -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Settings:
-    rate: float = 0.1
-    steps: int = 4
-    rule: Literal["a", "b"] = "a"
-    names: tuple[str, ...] = ()
-    limit: int | None = None
-    flag: bool = False
-
-
 def settings_of(path: Path) -> None:
     """What a command does with its params file."""
     for task in (None, "t"):
-        build(Settings, read_section(path, "s", task), "here")
-    build(Settings, read_method(path, "m", "s"), "here")
+        build(Example, read_section(path, "s", task), "here")
+    build(Example, read_method(path, "m", "s"), "here")
 
 
 FIELDS = st.sampled_from(["rate", "steps", "rule", "names", "limit", "flag", "common", "t", "other"])
