@@ -1,6 +1,6 @@
 """Several processes at one stage, as `torchrun` or `accelerate launch` start them; one process is a group of its own.
 
-They divide units of work (examples, layers, texts). Nothing here changes what is computed, only who does it.
+They divide units of work: examples, layers, texts, the examples of a batch. docs/scale.md: how far the results agree.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def joined() -> Iterator[Group]:
     if size == 1:
         yield Group()
         return
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         yield Group(dist.get_rank(), size)
         return
-    # Only CPU tensors travel, so the same backend serves with and without GPUs.
-    dist.init_process_group("gloo")
+    # Between GPUs only the gradients of a fine-tuning travel; all else does on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Group(dist.get_rank(), size)
     finally:

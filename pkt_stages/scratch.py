@@ -1,32 +1,50 @@
 """State of an unfinished run, so that a killed one goes on where it was and ends in the same bytes.
 
-A run's folder is named after a fingerprint of everything that determines its result; any difference starts anew.
+A run's folder is named after a fingerprint of everything that determines its result, the code and the libraries that
+compute it included; any difference starts anew.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt_stages.artifacts import write_json, written_whole
+from pkt_stages.artifacts import content_hash, write_json, written_whole
 from pkt_stages.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+# What can change a result; the rest of the package is plumbing.
+CODE = ("core", "models", "evaluation", "stages", "encoding.py")
+LIBRARIES = ("torch", "transformers", "peft", "trl")
+
+
 def fingerprint(values: Any, files: Sequence[Path]) -> str:
-    """32 hexadecimal digits over JSON values and the files' contents."""
-    total = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    """32 hexadecimal digits over JSON values, the files' contents, and what computes with them."""
+    total = hashlib.sha256(json.dumps([values, _computing()], sort_keys=True).encode())
     for path in files:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:32]
+
+
+@functools.cache
+def _computing() -> dict[str, str]:
+    """Versions of the libraries, and a hash of each module and task file of the package's science."""
+    root = Path(__file__).parent
+    found = [path for name in CODE for path in ((root / name).rglob("*") if (root / name).is_dir() else [root / name])]
+    code = {str(p.relative_to(root)): content_hash(p) for p in found if p.suffix in (".py", ".yaml")}
+    return code | {name: version(name) for name in LIBRARIES}
 
 
 class _Folder:
@@ -80,10 +98,10 @@ class Batches(_Folder):
 
 
 class Seldom:
-    """Saves a growing state so seldom that saving takes at most a tenth of the time; the first call always saves."""
+    """Saves a state so seldom that saving takes about a tenth of the time; before the first time a GB counts as 1 s."""
 
-    def __init__(self) -> None:
-        self._saved, self._cost = 0.0, 0.0
+    def __init__(self, num_bytes: int) -> None:
+        self._saved, self._cost = time.perf_counter(), num_bytes / 1e9
 
     def __call__(self, save: Callable[[], None]) -> None:
         start = time.perf_counter()
@@ -126,19 +144,10 @@ class Steps(_Folder):
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def publish(self, out: Path, steps: int) -> None:
-        """Put the checkpoints of all steps into `out`, in place of those of an earlier run; all or none appear.
-
-        Raises:
-            UserError: `out` holds something else.
-        """
-        check_out(out)
-        beside = out.with_name(f".{out.name}.new")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for step in range(1, steps + 1):
-            shutil.copyfile(self.checkpoint(step), beside / checkpoint_name(step))
-        shutil.rmtree(out, ignore_errors=True)
-        beside.replace(out)
+        """Put the checkpoints of all steps into `out`, in place of those of an earlier run; all or none appear."""
+        with replaced(out, *CHECKPOINTS) as folder:
+            for step in range(1, steps + 1):
+                shutil.copyfile(self.checkpoint(step), folder / checkpoint_name(step))
 
 
 def checkpoint_name(step: int) -> str:
@@ -146,10 +155,34 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:02d}.safetensors"
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError if `out` holds anything but checkpoints, because publishing replaces the folder."""
-    others = [p.name for p in out.iterdir() if not p.match("step_*.safetensors")] if out.is_dir() else []
-    if others:
-        raise UserError(f"{out}: holds {others[0]}, which is no checkpoint; give a new folder")
+CHECKPOINTS = ("step_*.safetensors", "checkpoint")
+
+
+def check_out(out: Path, pattern: str, what: str) -> None:
+    """Raise UserError if a folder that is to be replaced holds anything but what a stage has put there.
+
+    Args:
+        pattern: of the names that may be there.
+        what: such a name stands for.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder")
+    others = [p.name for p in sorted(out.iterdir()) if not p.match(pattern)] if out.is_dir() else []
+    if others:
+        raise UserError(f"{out}: holds {others[0]}, which is no {what}; give a new folder")
+
+
+@contextmanager
+def replaced(out: Path, pattern: str, what: str) -> Iterator[Path]:
+    """A new folder that takes the place of `out` in the end; all that was put into it appears, or nothing.
+
+    Raises:
+        UserError: as `check_out`.
+    """
+    check_out(out, pattern, what)
+    beside = out.with_name(f".{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(out, ignore_errors=True)
+    beside.replace(out)

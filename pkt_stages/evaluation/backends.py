@@ -268,11 +268,25 @@ class VllmBackend:
         return [output.outputs[0] for output in outputs]
 
 
+# What a machine needs, and no result depends on but for rounding.
+ENGINE_ARGUMENTS = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
+    *("gpu_memory_utilization", "cpu_offload_gb", "block_size", "enable_prefix_caching", "enable_chunked_prefill"),
+    *(
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enforce_eager",
+        "disable_custom_all_reduce",
+        "max_parallel_loading_workers",
+    ),
+)
+
+
 def engine_arguments(text: str) -> dict[str, Any]:
     """The content of PKT_VLLM.
 
     Raises:
-        UserError: it is no JSON object, or sets what the stage sets.
+        UserError: it is no JSON object, or sets what results could depend on.
     """
     try:
         found = json.loads(text)
@@ -280,9 +294,9 @@ def engine_arguments(text: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise UserError(f'PKT_VLLM: expected a JSON object such as {{"tensor_parallel_size": 2}}, found {text!r}')
-    taken = sorted({"model", "revision", "dtype", "seed"} & set(found))
-    if taken:
-        raise UserError(f"PKT_VLLM: {taken[0]} is not for it to set; results would depend on the environment")
+    others = sorted(set(found) - set(ENGINE_ARGUMENTS))
+    if others:
+        raise UserError(f"PKT_VLLM: {others[0]} is not for it to set; expected any of {', '.join(ENGINE_ARGUMENTS)}")
     return found
 
 

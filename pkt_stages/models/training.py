@@ -33,10 +33,12 @@ from pkt_stages.models.load import weights_hash
 from pkt_stages.models.recipe import Recipe
 from pkt_stages.parallel import Group
 from pkt_stages.progress import track
+from pkt_stages.scratch import replaced
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _WHOLE = "whole"  # a checkpoint with this file was written to its end
 _CHECKPOINTS = 10  # per run
+SEEDS = ("seed_*", "adapter of a seed")  # what an output folder holds
 
 
 @dataclass(frozen=True)
@@ -156,28 +158,10 @@ def summary(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def publish(out: Path, folders: Mapping[int, Path]) -> None:
-    """Put the finished adapters into `out` as `seed_<n>`, in place of those of an earlier run; all or none appear.
-
-    Raises:
-        UserError: `out` holds something else.
-    """
-    check_out(out)
-    beside = out.with_name(f".{out.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for seed, folder in folders.items():
-        shutil.copytree(folder / "adapter", beside / f"seed_{seed}")
-    shutil.rmtree(out, ignore_errors=True)
-    beside.replace(out)
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError if `out` holds anything but adapters by seed, because publishing replaces the folder."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder")
-    others = [p.name for p in sorted(out.iterdir()) if not p.match("seed_*")] if out.is_dir() else []
-    if others:
-        raise UserError(f"{out}: holds {others[0]}, which is no adapter of a seed; give a new folder")
+    """Put the finished adapters into `out` as `seed_<n>`, in place of those of an earlier run; all or none appear."""
+    with replaced(out, *SEEDS) as beside:
+        for seed, folder in folders.items():
+            shutil.copytree(folder / "adapter", beside / f"seed_{seed}")
 
 
 def read_train(
@@ -297,7 +281,7 @@ def _train(
     group.wait()
     run = trainer(started, arguments)
     run.remove_callback(PrinterCallback)
-    watch = _Watch(seed, log)
+    watch = _Watch(seed, log, group)
     run.add_callback(watch)
     with closing(watch):
         run.train(resume_from_checkpoint=_last_whole(checkpoints))
@@ -364,8 +348,8 @@ def _bar(total: int, what: str) -> Generator[int, None, None]:
 class _Watch(TrainerCallback):
     """Shows progress, passes on the numbers, marks whole checkpoints and stops at a loss that is not finite."""
 
-    def __init__(self, seed: int, log: Log) -> None:
-        self._seed, self._log = seed, log
+    def __init__(self, seed: int, log: Log, group: Group) -> None:
+        self._seed, self._log, self._group = seed, log, group
         self._bar = _bar(0, "")
 
     def close(self) -> None:
@@ -394,5 +378,6 @@ class _Watch(TrainerCallback):
             self._log(_named(self._seed, step))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        self._group.wait()  # every process has written its part
+        if self._group.is_first:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()

@@ -261,7 +261,7 @@ def align(
     from pkt_stages.models import load
     from pkt_stages.models.transfer import check_target, open_transfer
     from pkt_stages.progress import track
-    from pkt_stages.scratch import Steps, check_out, fingerprint
+    from pkt_stages.scratch import CHECKPOINTS, Steps, check_out, fingerprint
 
     watch = Stopwatch()
     load.check_device(device)
@@ -271,7 +271,7 @@ def align(
     check_target(transfer, identity, target)
     data = read_data(load.load_tokenizer(ref), transfer, extract, align, params, selection)
     draw(list(data.align), params)  # complain before a large model is loaded
-    check_out(out)
+    check_out(out, *CHECKPOINTS)
     meta = {side: transfer.meta[side] for side in ("source", "target")} | {"params": asdict(params)}
     kept = Steps(scratch, fingerprint([meta, asdict(data), device, micro_batch_size], [selection, rows]))
     model = load.load_model(ref, dtype=params.dtype, device=device)

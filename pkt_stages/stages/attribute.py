@@ -133,6 +133,8 @@ def run(
             made[f"{module}_plain"] = torch.tensor([found.num_plain])
         units[f"layer_{layer}"] = {name: tensor.cpu() for name, tensor in made.items()}
     group.wait()
+    if not group.is_first:
+        return {}, {}
 
     layers = [kept(f"layer_{layer}") for layer in range(sizes.num_layers)]
     # [variant, norm * example, layer, neuron] -> one [example, layer, neuron] per variant.
@@ -190,8 +192,6 @@ def attribute(
     """
     from dataclasses import asdict
 
-    import torch
-
     from pkt_stages.models.load import check_device, identity, load_config, load_model, load_tokenizer, resolve
     from pkt_stages.models.sites import geometry
 
@@ -206,7 +206,7 @@ def attribute(
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
         named = identity(ref)
-        facts = [named, [vars(item) for item in located], asdict(params), torch.__version__, device.split(":")[0]]
+        facts = [named, [vars(item) for item in located], asdict(params), device.split(":")[0]]
         shards = Shards(scratch, f"attribute-{fingerprint(facts, [])}")
         tensors, plain_share = run(load_model(ref, dtype=params.dtype, device=device), located, params, shards, group)
         group.wait()

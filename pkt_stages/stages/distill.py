@@ -92,11 +92,11 @@ def distill(
     from pkt_stages import artifacts
     from pkt_stages.curves import curve_writer
     from pkt_stages.models import distillation, load, lora, training
-    from pkt_stages.scratch import fingerprint
+    from pkt_stages.scratch import check_out, fingerprint
 
     watch = Stopwatch()
     load.check_device(device)
-    training.check_out(out)
+    check_out(out, *training.SEEDS)
     refs = {"source": load.resolve(source, source_revision), "target": load.resolve(target, revision)}
     identities = {side: load.identity(ref) for side, ref in refs.items()}
     configs = {side: load.load_config(ref) for side, ref in refs.items()}

@@ -93,13 +93,13 @@ def finetune(
     from pkt_stages import artifacts
     from pkt_stages.curves import curve_writer
     from pkt_stages.models import load, lora, training
-    from pkt_stages.scratch import fingerprint
+    from pkt_stages.scratch import check_out, fingerprint
 
     watch = Stopwatch()
     if (submatrices is not None) != (params.init == "seeking"):
         needed = "needs --submatrices (from `pkt seek`)" if submatrices is None else "has no use for --submatrices"
         raise UserError(f"method {method}: init {params.init} {needed}")
-    training.check_out(out)
+    check_out(out, *training.SEEDS)
     ref = load.resolve(target, revision)
     identity = load.identity(ref)
     config = load.load_config(ref)

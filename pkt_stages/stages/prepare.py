@@ -65,21 +65,23 @@ def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dic
     return sets
 
 
-def split(own: dict[str, list[Example]], params: PrepareParams) -> dict[str, list[Example]]:
+def split(own: dict[str, list[Example]], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:
     """The first examples of a team's own files.
 
     Args:
         own: extract, align, train, and transfer if there is a file of it.
 
     Raises:
-        UserError: a file is too short, or two of them share a prompt.
+        UserError: a file is too short, or two of the sets (test included) share a prompt.
     """
+    if params.max_chars is not None:
+        raise UserError("`prepare.max_chars` is for a benchmark's rows; own files are taken as they are; remove it")
     own = dict(own)
     if "transfer" not in own:
         held = random.Random(params.seed).sample(range(len(own["train"])), min(params.transfer, len(own["train"])))
         own["transfer"] = [own["train"][i] for i in held]
         own["train"] = [example for i, example in enumerate(own["train"]) if i not in held]
-    taken: dict[str, str] = {}
+    taken = {example.prompt: "test" for example in test}
     for name in SETS:
         wanted, found = getattr(params, name), len(own[name])
         if found < wanted:
@@ -147,8 +149,8 @@ def prepare(
         raise UserError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
     if (data / "extract.jsonl").is_file():
         names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
-        sets = split({name: read_examples(data / f"{name}.jsonl") for name in names}, params)
         test = read_pool(data, "test", task)
+        sets = split({name: read_examples(data / f"{name}.jsonl") for name in names}, test, params)
     else:
         pool, test = (read_pool(data, name, task) for name in ("train", "test"))
         sets = draw(pool, test, params)

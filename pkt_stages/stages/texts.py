@@ -16,7 +16,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import read_rows, write_rows
 from pkt_stages.options import Stopwatch
 
-HEADING = re.compile(r"\s*(=\s)+.*(\s=)+\s*")
+HEADING = re.compile(r"\s*=\s.*\s=\s*")
 
 
 def run(texts: list[str]) -> list[str]:

@@ -98,6 +98,21 @@ def test_no_path_literal_in_the_package() -> None:
                 assert not node.value.startswith(("artifacts/", "results/", "data/", "profiles/")), (path, node.value)
 
 
+def test_adopted_rows_were_trained_alike() -> None:
+    """What a profile takes over is compared with rows of its own, so that their training must agree."""
+    params = {path.parent.name: yaml.safe_load(path.read_text()) for path in ROOT.glob("profiles/*/params.yaml")}
+    sharing = [name for name, ours in params.items() if ours["adopted_target_methods"]]
+    assert sharing
+    for name in sharing:
+        ours, theirs = params[name], params[params[name]["shared"]]
+        for task in ours["task"]:
+            assert [ours["finetune"][part] for part in ("common", task)] == [
+                theirs["finetune"][part] for part in ("common", task)
+            ], (name, task)
+        for method in ours["adopted_target_methods"]:
+            assert ours["methods"].get(method, theirs["methods"][method]) == theirs["methods"][method], (name, method)
+
+
 def test_every_profile_resolves() -> None:
     """Every stage of every profile gets its inputs from another stage or from the repository; no two make the same."""
     from dvc.repo import Repo

@@ -309,6 +309,8 @@ def test_engine_arguments_for_vllm() -> None:
     for text in ("2", "{", "[]"):
         with pytest.raises(UserError, match="expected a JSON object such as"):
             engine_arguments(text)
-    with pytest.raises(UserError) as caught:
-        engine_arguments('{"dtype": "float16"}')
-    assert str(caught.value) == "PKT_VLLM: dtype is not for it to set; results would depend on the environment"
+    for name in ("dtype", "quantization", "trust_remote_code", "load_format", "hf_overrides"):
+        with pytest.raises(
+            UserError, match=f"^PKT_VLLM: {name} is not for it to set; expected any of tensor_parallel_si"
+        ):
+            engine_arguments(f'{{"{name}": "x"}}')

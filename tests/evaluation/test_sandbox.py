@@ -328,7 +328,7 @@ def test_a_floor_above_what_the_host_has(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError) as caught:
         choose_level("namespaces")
     assert str(caught.value) == (
-        "generated code: the strongest sandbox here is rlimits, below the floor 'namespaces'; run on Linux 6.7+"
+        "generated code: the strongest sandbox here is rlimits, below the floor 'namespaces'; run on Linux 6.12+"
         " (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor rlimits"
     )
 

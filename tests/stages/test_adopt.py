@@ -3,12 +3,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pkt_stages.artifacts import write_json
+from pkt_stages.params import read_section
 from pkt_stages.stages.adopt import run
 
 Run = Callable[..., tuple[int, str, str]]
-METRICS = {
+ROOT = Path(__file__).parents[2]
+METRICS: dict[str, Any] = {
     "task": "gsm8k",
     "n": 5,
     "score": 40.0,
@@ -17,18 +22,57 @@ METRICS = {
 }
 
 
-def test_settings_must_agree() -> None:
-    assert run(METRICS, "gsm8k", {"backend": "hf", "dtype": "float16", "max_new_tokens": 8}) is None
-    assert run(METRICS, "gsm8k", {"dtype": "auto", "sandbox_floor": "rlimits"}) is None
-    assert run(METRICS, "mmlu", {}) == "is of task 'gsm8k', not mmlu"
-    told = "was made with max_new_tokens 8, this profile's `evaluate` says 16"
-    assert run(METRICS, "gsm8k", {"max_new_tokens": 16}) == told
-    assert run(METRICS, "gsm8k", {"limit": 4}) == "has 5 examples, this profile's `evaluate` says limit 4"
+SECTION = {"backend": "hf", "dtype": "float16", "max_new_tokens": 8, "template": "chat"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "section", "problem"),
+    [
+        ({}, {}, None),
+        ({}, {"dtype": "auto"}, None),
+        ({}, {"max_new_tokens": 16}, "was made with max_new_tokens 8, this profile's `evaluate` says 16"),
+        ({"top_p": 0.9}, {}, "was made with top_p 0.9, this profile's `evaluate` says nothing of it"),
+        ({}, {"limit": 4}, "has 5 examples, this profile's `evaluate` says limit 4"),
+        ({"sandbox": "sandlock"}, {"sandbox_floor": "rlimits"}, None),
+        (
+            {"sandbox": "rlimits"},
+            {"sandbox_floor": "sandlock"},
+            "was made in a sandbox of level rlimits, this profile's `evaluate` says sandbox_floor sandlock",
+        ),
+    ],
+)
+def test_settings_must_agree(settings: dict[str, Any], section: dict[str, Any], problem: str | None) -> None:
+    metrics = METRICS | {"settings": METRICS["settings"] | settings}
+    assert run(metrics, "gsm8k", SECTION | section) == problem
+
+
+def test_another_task() -> None:
+    assert run(METRICS, "mmlu", SECTION) == "is of task 'gsm8k', not mmlu"
+
+
+@pytest.mark.parametrize("task", ["mmlu", "gsm8k", "humaneval", "mbpp"])
+def test_the_default_profile_would_adopt_its_own(task: str) -> None:
+    section = read_section(ROOT / "params.yaml", "evaluate", task)
+    metrics = json.loads((ROOT / f"results/tiny/evaluate/target-chat/{task}.json").read_text())
+    assert run(metrics, task, section) is None
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"task": "gsm8k"}', '{"task": "gsm8k", "settings": 3}'])
+def test_what_is_no_metrics(pkt: Run, tmp_path: Path, content: str) -> None:
+    (tmp_path / "theirs.json").write_text(content)
+    params = tmp_path / "params.yaml"
+    params.write_text("evaluate: {backend: hf}\n")
+    given = ("--task", "gsm8k", "--metrics-in", tmp_path / "theirs.json", "--params", params)
+    status, _, err = pkt("adopt", *given, "--out", tmp_path / "ours.json")
+    assert (status, err) == (
+        2,
+        f"pkt: error: {tmp_path / 'theirs.json'}: expected metrics that `pkt evaluate` wrote\n",
+    )
 
 
 def test_the_command(pkt: Run, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text("evaluate:\n  common: {backend: hf}\n  gsm8k: {max_new_tokens: 8}\n")
+    params.write_text("evaluate:\n  common: {backend: hf, dtype: auto, template: chat}\n  gsm8k: {max_new_tokens: 8}\n")
     write_json(tmp_path / "theirs.json", METRICS)
     given = ("--task", "gsm8k", "--metrics-in", tmp_path / "theirs.json", "--params", params)
     status, printed, err = pkt("adopt", *given, "--out", tmp_path / "ours.json")

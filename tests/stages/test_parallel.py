@@ -147,7 +147,7 @@ def test_sensitivity_goes_on_after_a_kill(
     _, whole, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
     _, killed, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
     assert pkt(*whole)[0] == 0
-    monkeypatch.setattr(seek, "Seldom", lambda: lambda save: save())
+    monkeypatch.setattr(seek, "Seldom", lambda num_bytes: lambda save: save())
     real, seen = sensitivity.example_losses, []
 
     def losses(model: object, examples: list[object]) -> object:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,24 +88,29 @@ def own_sets() -> dict[str, list[Example]]:
 
 def test_own_sets_keep_their_order_and_lend_the_transfer_examples() -> None:
     own = own_sets()
-    sets = split(own, SMALL)
+    sets = split(own, [], SMALL)
     assert sets["extract"] == own["extract"] and sets["align"] == own["align"]
     assert len(sets["transfer"]) == 2 and len(sets["train"]) == 10
     assert sets["train"] == [e for e in own["train"] if e not in sets["transfer"]]
-    given = split(own | {"transfer": pool(3, "transfer")}, SMALL)
+    given = split(own | {"transfer": pool(3, "transfer")}, [], SMALL)
     assert given["train"] == own["train"][:10] and given["transfer"] == pool(2, "transfer")
 
 
 def test_own_sets_that_are_too_small_or_overlap() -> None:
     own = own_sets()
     with pytest.raises(UserError) as caught:
-        split(own | {"train": own["train"][:11]}, SMALL)
+        split(own | {"train": own["train"][:11]}, [], SMALL)
     assert str(caught.value) == (
         "train: 10 examples wanted, the file holds 9 beside the transfer examples; set `prepare.train`"
     )
     with pytest.raises(UserError) as caught:
-        split(own | {"align": [*own["align"][:3], own["extract"][0]]}, SMALL)
+        split(own | {"align": [*own["align"][:3], own["extract"][0]]}, [], SMALL)
     assert str(caught.value) == "align: example extract_0 is in extract, too; the sets must not overlap"
+    with pytest.raises(UserError) as caught:
+        split(own, [own["align"][2]], SMALL)
+    assert str(caught.value) == "align: example align_2 is in test, too; the sets must not overlap"
+    with pytest.raises(UserError, match=r"^`prepare.max_chars` is for a benchmark's rows; own files are taken"):
+        split(own, [], replace(SMALL, max_chars=100))
 
 
 def test_the_command_on_own_sets(pkt: Run, tmp_path: Path) -> None:

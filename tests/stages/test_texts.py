@@ -14,6 +14,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_headings_and_blanks_are_no_texts() -> None:
     assert run([" = Robert Boulter = \n", "", " \n", " = = Career = = \n", " a = b \n", "x"]) == [" a = b \n", "x"]
+    many = "= " * 20_000 + "x"  # must not take forever
+    assert run([many]) == [many]
 
 
 def test_the_command(pkt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """How strongly this host can confine a process, and starting one at a chosen level.
 
-sandlock    Landlock + seccomp (package sandlock, Linux 6.7+): no files but the interpreter's, no writing at all, no
+sandlock    Landlock + seccomp (package sandlock, Linux 6.12+): no files but the interpreter's, no writing at all, no
             sockets, no new processes, no signals to others, memory supervised.
 namespaces  user, network, IPC and PID namespaces + rlimits: no network, nothing survives, others cannot be signalled;
             files are readable and writable as for the user.

@@ -70,7 +70,7 @@ def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Lev
     if level is None or LEVELS.index(level) > LEVELS.index(floor):
         found = level or "none"
         raise UserError(
-            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.7+"
+            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.12+"
             f" (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
         )
     return level
@@ -88,9 +88,10 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
     if not jobs:
         return []
     cores = sorted(os.sched_getaffinity(0))
+    first = os.getpid()  # several evaluations at once had better not all begin on the same core
     count = min(num_workers or len(cores), len(jobs))
     idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    workers = [_start_worker(level, limits, cores[i % len(cores)]) for i in range(count)]
+    workers = [_start_worker(level, limits, cores[(first + i) % len(cores)]) for i in range(count)]
     for worker in workers:
         idle.put(worker)
 
