@@ -130,14 +130,25 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
         UserError: missing or unreadable files, unsupported architecture, unknown device, weights that are not those of
             the config, NaN in them.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     load_config(ref)
     check_device(device)
     if not ref.is_local:
         hub.warn_unpinned(ref.location, ref.revision)
+    model = read_whole(ref, dtype=dtype, device_map=device, use_safetensors=True)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def read_whole(ref: ModelRef, **how: Any) -> Any:
+    """The model as transformers reads it with these options, if the checkpoint holds all of its weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would report at length is refused below
@@ -148,11 +159,9 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
             lambda: AutoModelForCausalLM.from_pretrained(
                 ref.location,
                 revision=ref.revision,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map=device,
-                use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **how,
             ),
         )
     finally:
@@ -166,8 +175,7 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def check_device(device: str) -> None:
