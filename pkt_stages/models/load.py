@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CHAT_TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 # Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
 MAX_LAYERS = 1000
 
@@ -46,7 +47,7 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
 
     Raises:
-        UserError: a path that does not exist, or a pointer that is not {repo, revision}.
+        UserError: a path that does not exist, a pointer that is not {repo, revision}, or a folder with an adapter.
     """
     folder = Path(model)
     pointer = folder / hub.POINTER
@@ -56,6 +57,11 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
         text = template.read_text(encoding="utf-8") if template.is_file() else None
         return ModelRef(named.repo, revision or named.revision, text, tuple(sorted(named.sizes.items())))
     if folder.is_dir():
+        if (folder / ADAPTER).is_file():
+            raise UserError(
+                f"{model}: holds an adapter ({ADAPTER}), which would change the model unseen; give the base model's"
+                " folder, and the adapter as --delta"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
         if (folder / INDEX).is_file():
