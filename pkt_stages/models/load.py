@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub
 from pkt_stages.errors import UserError
-from pkt_stages.models.sites import geometry
+from pkt_stages.models.sites import Geometry, geometry
+from pkt_stages.params import build
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ class ModelRef:
 
     Attributes:
         chat_template: Jinja text that takes the place of the tokenizer's own.
-        sizes: of its geometry, as far as `hub.yaml` tells.
+        sizes: of its geometry, if its `hub.yaml` tells them.
     """
 
     location: str
@@ -47,12 +49,15 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
 
     Raises:
-        UserError: a path that does not exist, a pointer that is not {repo, revision}, or a folder with an adapter.
+        UserError: a path that does not exist, a pointer that is not {repo, revision} or has sizes that are not those
+            of a geometry, or a folder with an adapter.
     """
     folder = Path(model)
     pointer = folder / hub.POINTER
     if pointer.is_file():
         named = hub.read_model_pointer(pointer)
+        if named.sizes:
+            _check_sizes(pointer, named.sizes)
         template = folder / CHAT_TEMPLATE
         text = template.read_text(encoding="utf-8") if template.is_file() else None
         return ModelRef(named.repo, revision or named.revision, text, tuple(sorted(named.sizes.items())))
@@ -70,6 +75,13 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
     return ModelRef(model, revision)
+
+
+def _check_sizes(pointer: Path, sizes: Mapping[str, int]) -> None:
+    """Raise UserError unless these are a geometry's sizes, all of them."""
+    build(Geometry, sizes, f"{pointer}: sizes")
+    if small := [name for name, size in sizes.items() if size < 1]:
+        raise UserError(f"{pointer}: sizes: {small[0]}: expected a number above 0, found {sizes[small[0]]}")
 
 
 def _check_index(path: Path) -> None:
