@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pkt_stages import artifacts
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, printable
 from pkt_stages.tools.provenance import Origin, origin
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Show what an artifact is: kind, stage, models, revisions, params, tensors with shapes and ranges; check it."""
     found = run(file)
-    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(lines(found)))
+    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(map(printable, lines(found))))
     if bad := [name for name, tensor in found.get("tensors", {}).items() if not tensor["finite"]]:
         raise UserError(f"{file}: tensor {bad[0]} holds NaN or infinity; make the file again")
 

@@ -37,6 +37,19 @@ def test_what_an_artifact_is(pkt: Run, file: Path) -> None:
 
 
 def test_values_that_are_not_finite(pkt: Run, file: Path) -> None:
+def test_what_a_file_holds_does_not_drive_the_terminal(pkt: Run, file: Path) -> None:
+    meta = {"a\x1b]0;pwned\x07": {"b\x9b2J": "\x1b[2J"}, "list": ["\x9b31m\u202e", "\x7f"], "\x1b[1m": "x"}
+    artifacts.save(file, "cka", {"cka.ffn_up": torch.zeros(1, 2, dtype=torch.float64)}, meta)
+    file = file.rename(file.with_name("c\x1b[5m.safetensors"))
+    status, printed, err = pkt("inspect", file)
+    assert status == 0, err
+    assert all(line.isprintable() for line in printed.split("\n")), printed
+    assert printed.startswith("c\\x1b[5m.safetensors: cka artifact")
+    assert '  \\x1b[1m: x\n  a\\x1b]0;pwned\\x07: b\\x9b2J "\\u001b[2J"\n' in printed
+    assert '  list: ["\\x9b31m\\u202e", "\\x7f"]\n' in printed
+    assert all(line.isprintable() for line in pkt("inspect", file, "--json")[1].split("\n"))
+
+
     meta = json.dumps({"kind": "cka", "schema_version": 1})
     save_file({"cka.x": torch.tensor([[float("nan")]], dtype=torch.float64)}, file, metadata={"pkt": meta})
     status, printed, err = pkt("inspect", file)
