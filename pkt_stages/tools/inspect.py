@@ -40,13 +40,16 @@ def run(file: Path) -> dict[str, Any]:
     """Everything about a file or folder as JSON values.
 
     Raises:
-        UserError: it is no artifact or adapter and no stage has made it, or its tensors are not those of its kind.
+        UserError: it is not here, it is no artifact or adapter and no stage has made it, or its tensors are not those
+            of its kind.
     """
     from pkt_stages.models import adapters
 
     if file.name in (adapters.CONFIG, adapters.WEIGHTS) and adapters.is_adapter(file.parent):
         file = file.parent
     stage = origin(file)
+    if stage is not None and not file.exists():
+        raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
     if adapters.is_adapter(file):
         return about(file, stage) | adapter(file, stage)
     if stage is None and file.exists() and (file.is_dir() or file.suffix != ".safetensors"):
@@ -55,8 +58,6 @@ def run(file: Path) -> dict[str, Any]:
         )
     if stage is None or file.suffix == ".safetensors":
         return about(file, stage) | artifact(file, stage)
-    if not file.exists():
-        raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
     inside = sorted(p.relative_to(file).as_posix() for p in file.rglob("*") if p.is_file()) if file.is_dir() else []
     return about(file, stage) | {
         "what": "folder" if file.is_dir() else "file",
