@@ -1,4 +1,9 @@
-"""The one exception type whose message is meant for the user."""
+"""The one exception type whose message is meant for the user, and how text from files is shown."""
+
+
+def printable(text: str) -> str:
+    """One line of text: a line break or a terminal's control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
@@ -8,5 +13,4 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # Names from files stand in messages: a line break or a terminal's control characters are shown, not obeyed.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))  # names from files stand in messages

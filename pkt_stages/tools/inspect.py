@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pkt_stages import artifacts
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, printable
 from pkt_stages.tools.provenance import Origin, origin
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Show what an artifact is: kind, stage, models, revisions, params, tensors with shapes and ranges; check it."""
     found = run(file)
-    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(lines(found)))
+    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(map(printable, lines(found))))
     if bad := [name for name, tensor in found.get("tensors", {}).items() if not tensor["finite"]]:
         raise UserError(f"{file}: tensor {bad[0]} holds NaN or infinity; make the file again")
 
@@ -40,13 +40,16 @@ def run(file: Path) -> dict[str, Any]:
     """Everything about a file or folder as JSON values.
 
     Raises:
-        UserError: it is no artifact or adapter and no stage has made it, or its tensors are not those of its kind.
+        UserError: it is not here, it is no artifact or adapter and no stage has made it, or its tensors are not those
+            of its kind.
     """
     from pkt_stages.models import adapters
 
     if file.name in (adapters.CONFIG, adapters.WEIGHTS) and adapters.is_adapter(file.parent):
         file = file.parent
     stage = origin(file)
+    if stage is not None and not file.exists():
+        raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
     if adapters.is_adapter(file):
         return about(file, stage) | adapter(file, stage)
     if stage is None and file.exists() and (file.is_dir() or file.suffix != ".safetensors"):
@@ -55,8 +58,6 @@ def run(file: Path) -> dict[str, Any]:
         )
     if stage is None or file.suffix == ".safetensors":
         return about(file, stage) | artifact(file, stage)
-    if not file.exists():
-        raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
     inside = sorted(p.relative_to(file).as_posix() for p in file.rglob("*") if p.is_file()) if file.is_dir() else []
     return about(file, stage) | {
         "what": "folder" if file.is_dir() else "file",

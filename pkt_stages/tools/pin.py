@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,28 +24,61 @@ def pin(
     files = [found for path in paths for found in ([path] if path.is_file() else sorted(path.rglob(hub.POINTER)))]
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no {hub.POINTER} there; give such files, or a folder with some")
-    for file in files:
-        content = hub.read_pointer(file)
-        for entry, kind in entries(file, content):
-            if hub.is_pinned(entry["revision"]) and not update:
-                typer.echo(f"{file}: {entry['repo']} stays at {entry['revision']}")
+    missed: list[str] = []
+    # A malformed file ends this before the hub is asked and any is written.
+    for file, found in [(file, entries(file)) for file in files]:
+        text = before = file.read_bytes().decode()
+        for keys, repo, revision in found:
+            pinned = hub.is_pinned(revision)
+            if pinned and not update:
+                typer.echo(f"{file}: {repo} stays at {revision}")
                 continue
-            asked = "main" if hub.is_pinned(entry["revision"]) else entry["revision"]
-            commit, names = hub.commit_of(entry["repo"], asked, kind)
-            typer.echo(f"{file}: {entry['repo']} {entry['revision']} -> {commit}")
-            entry["revision"] = commit
-            if kind == "model" and not any(name.endswith(".safetensors") for name in names):
-                typer.echo(f"{file}: note: {entry['repo']} has no safetensors; `pkt convert` makes a folder of them")
-        # A file of several entries is written when all of them are known.
-        with written_whole(file) as temporary:
-            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            try:
+                commit, names = hub.commit_of(repo, "main" if pinned else revision, "dataset" if keys else "model")
+                text = replaced(text, keys, commit) if commit != revision else text
+            except UserError as error:
+                typer.echo(f"{file}: {error}")
+                missed.append(repo)
+                continue
+            typer.echo(f"{file}: {repo} " + (f"{revision} -> {commit}" if commit != revision else f"stays at {commit}"))
+            if not keys and not any(name.endswith(".safetensors") for name in names):
+                typer.echo(f"{file}: note: {repo} has no safetensors; `pkt convert` makes a folder of them")
+        if text != before:
+            with written_whole(file) as temporary:
+                temporary.write_bytes(text.encode())
+    if missed:
+        raise UserError(
+            f"not pinned: {', '.join(dict.fromkeys(missed))}; see above for why, and run it again for these"
+        )
 
 
-def entries(file: Path, content: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """The mappings with a repository and a revision, with what they are: one model, or a data set per pool."""
+def entries(file: Path) -> list[tuple[tuple[str, ...], str, str]]:
+    """Of each repository in a file: the keys to it (none to a model, a data set's pool), its name and revision."""
+    content = hub.read_pointer(file)
     if "repo" in content:
-        hub.read_model_pointer(file)
-        return [(content, "model")]
-    for pool in content:
-        hub.read_data_pointer(file, pool)
-    return [(entry, "dataset") for entry in content.values()]
+        model = hub.read_model_pointer(file)
+        return [((), model.repo, model.revision)]
+    return [((str(pool),), (rows := hub.read_data_pointer(file, pool)).repo, rows.revision) for pool in content]
+
+
+def replaced(text: str, keys: Sequence[str], commit: str) -> str:
+    """The YAML with another revision below the keys; every other character stays, comments among them.
+
+    Raises:
+        UserError: the revision does not stand there by itself (an anchor, an alias, a block of text).
+    """
+    wanted = entry = yaml.safe_load(text)
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    try:
+        for key in keys:
+            entry = entry[key]
+        entry["revision"] = commit
+        for key in (*keys, "revision"):
+            node = {name.value: value for name, value in node.value}[key]
+        text = f"{text[: node.start_mark.index]}'{commit}'{text[node.end_mark.index :]}"
+        if yaml.safe_load(text) == wanted:
+            return text
+    except (KeyError, yaml.YAMLError):
+        pass
+    at = ".".join((*keys, "revision"))
+    raise UserError(f"{at} cannot be replaced where it stands; write it as plain text, or put {commit} there")

@@ -28,7 +28,7 @@ class Origin:
         command: what it ran, `pkt` and its first word.
         params: its params as the lock has them, by section.
         inputs: MD5 of each input that is no code, by path; a folder's ends in `.dir`.
-        is_current: the output on disk is the one that the lock names.
+        is_current: the output is on disk, and the one that the lock names.
     """
 
     stage: str
@@ -49,12 +49,13 @@ def origin(path: Path) -> Origin | None:
         for name, entry in stages(lock).items():
             for out in entry.get("outs", ()):
                 if wanted.is_relative_to(out["path"]):
+                    output = root / out["path"]
                     return Origin(
                         stage=address(root, lock, name),
                         command=" ".join(str(entry["cmd"]).split()[:2]),
                         params={k: v for section in entry.get("params", {}).values() for k, v in section.items()},
                         inputs={d["path"]: d["md5"] for d in entry.get("deps", ()) if not is_code(d["path"])},
-                        is_current=md5(root / out["path"]) == out.get("md5"),
+                        is_current=output.exists() and md5(output) == out.get("md5"),
                     )
     return None
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_what_an_artifact_is(pkt: Run, file: Path) -> None:
     found = json.loads(pkt("inspect", file, "--json")[1])
     assert found["sha256"] == artifacts.content_hash(file)
     assert found["tensors"]["cka.ffn_up"]["max"] == 0.5
+
+
+def test_what_a_file_holds_does_not_drive_the_terminal(pkt: Run, file: Path) -> None:
+    meta = {"a\x1b]0;pwned\x07": {"b\x9b2J": "\x1b[2J"}, "list": ["\x9b31m\u202e", "\x7f"], "\x1b[1m": "x"}
+    artifacts.save(file, "cka", {"cka.ffn_up": torch.zeros(1, 2, dtype=torch.float64)}, meta)
+    file = file.rename(file.with_name("c\x1b[5m.safetensors"))
+    status, printed, err = pkt("inspect", file)
+    assert status == 0, err
+    assert all(line.isprintable() for line in printed.split("\n")), printed
+    assert printed.startswith("c\\x1b[5m.safetensors: cka artifact")
+    assert '  \\x1b[1m: x\n  a\\x1b]0;pwned\\x07: b\\x9b2J "\\u001b[2J"\n' in printed
+    assert '  list: ["\\x9b31m\\u202e", "\\x7f"]\n' in printed
+    assert all(line.isprintable() for line in pkt("inspect", file, "--json")[1].split("\n"))
 
 
 def test_values_that_are_not_finite(pkt: Run, file: Path) -> None:
@@ -132,6 +146,15 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
+def test_an_artifact_that_is_not_here(pkt: Run, tmp_path: Path) -> None:
+    for name in (".dvc", "profiles/p"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "profiles/p/dvc.lock").write_text(LOCK.replace("made/mine", "made/it.safetensors"))
+    file = tmp_path / "made/it.safetensors"
+    line = f"pkt: error: {file}: not here; fetch it with: dvc pull profiles/p/dvc.yaml:finetune@mine\n"
+    assert pkt("inspect", file) == (2, "", line)
+
+
 def test_an_adapter_and_the_stage_that_made_it(pkt: Run, adapter: Path) -> None:
     status, printed, err = pkt("inspect", adapter)
     assert status == 0, err
@@ -165,6 +188,16 @@ def test_a_folder_and_what_is_no_longer_what_the_stage_made(pkt: Run, adapter: P
         f"pkt: error: {tmp_path}/made/mine/gone.json: not here; fetch it with:"
         " dvc pull profiles/p/dvc.yaml:finetune@mine\n"
     )
+    shutil.rmtree(tmp_path / "made")
+    for path in ("made/mine", "made/mine/seed_0", "made/mine/seed_0/adapter_model.safetensors"):
+        assert pkt("inspect", tmp_path / path) == (
+            2,
+            "",
+            f"pkt: error: {tmp_path / path}: not here; fetch it with: dvc pull profiles/p/dvc.yaml:finetune@mine\n",
+        )
+
+
+def test_an_adapter_of_no_stage(pkt: Run, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / ".dvc").rmdir()
     assert "  stage: unknown, no dvc.lock around it names this" in pkt("inspect", adapter)[1]
 

@@ -1,7 +1,8 @@
-"""Inputs that are not what their stage has made are refused (pkt_stages.tools.provenance.check_inputs)."""
+"""Which stage made a file, and inputs that are not what their stage has made (pkt_stages.tools.provenance)."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from pkt_stages.errors import UserError
-from pkt_stages.tools.provenance import check_inputs, md5
+from pkt_stages.tools.provenance import check_inputs, md5, origin
 
 ROWS, ADAPTER = "artifacts/tiny/rows.safetensors", "artifacts/tiny/adapter"
 
@@ -22,10 +23,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ADAPTER).mkdir(parents=True)
     (tmp_path / ROWS).write_bytes(b"rows")
     (tmp_path / ADAPTER / "adapter_config.json").write_text("{}")
-    (tmp_path / "profiles/other").mkdir(parents=True)
-    lock(tmp_path / "dvc.lock", {"select@a": {"outs": [recorded(tmp_path, ROWS)]}})
-    users = {"seek": {"deps": [recorded(tmp_path, ROWS)], "outs": [recorded(tmp_path, ADAPTER)]}}
-    lock(tmp_path / "profiles/other/dvc.lock", users)
+    for name in (".dvc", "profiles/other"):
+        (tmp_path / name).mkdir(parents=True)
+    lock(tmp_path / "dvc.lock", {"select@a": {"cmd": "pkt select", "outs": [recorded(tmp_path, ROWS)]}})
+    user = {"cmd": "pkt seek", "deps": [recorded(tmp_path, ROWS)], "outs": [recorded(tmp_path, ADAPTER)]}
+    lock(tmp_path / "profiles/other/dvc.lock", {"seek": user})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("DVC_STAGE", "profiles/other/dvc.yaml:align")
@@ -59,6 +61,14 @@ def test_damaged_inputs_are_named(root: Path, word: str, damaged: str, stage: st
     part = ROWS if word == ROWS else ADAPTER
     with pytest.raises(UserError, match=rf"^{part}: not what its stage has made .*`dvc commit {re.escape(stage)}`"):
         check_inputs(["--x", word])
+
+
+def test_an_output_that_is_not_here_is_not_current(root: Path) -> None:
+    for path in (ROWS, ADAPTER):
+        made = origin(root / path)
+        (root / path).rename(root / f"{path}.away")
+        gone = origin(root / path)
+        assert made is not None and made.is_current and gone == dataclasses.replace(made, is_current=False)
 
 
 def test_without_dvc_nothing_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
