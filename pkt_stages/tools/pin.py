@@ -21,9 +21,12 @@ def pin(
     ] = False,
 ) -> None:
     """Write today's commit of every model and data set into its hub.yaml; the stages that depend on it become stale."""
-    files = [found for path in paths for found in ([path] if path.is_file() else sorted(path.rglob(hub.POINTER)))]
-    if not files:
-        raise UserError(f"{', '.join(map(str, paths))}: no {hub.POINTER} there; give such files, or a folder with some")
+    files = []
+    for path in paths:
+        there = [path] if path.is_file() else sorted(path.rglob(hub.POINTER))
+        if not there:
+            raise UserError(f"{path}: no {hub.POINTER} there; give such files, or a folder with some")
+        files += there
     missed: list[str] = []
     # A malformed file ends this before the hub is asked and any is written.
     for file, found in [(file, entries(file)) for file in files]:

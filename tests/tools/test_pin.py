@@ -105,6 +105,11 @@ def test_what_cannot_be_pinned_keeps_nothing_else_from_it(
 def test_bad_files(pkt: Run, tmp_path: Path) -> None:
     status, _, err = pkt("pin", tmp_path)
     assert (status, err) == (2, f"pkt: error: {tmp_path}: no hub.yaml there; give such files, or a folder with some\n")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/hub.yaml").write_text(f"repo: o/m\nrevision: '{OLD}'\n")
+    status, _, err = pkt("pin", tmp_path / "m", tmp_path / "gone")
+    told = f"pkt: error: {tmp_path / 'gone'}: no hub.yaml there; give such files, or a folder with some\n"
+    assert (status, err) == (2, told)
     file = tmp_path / "hub.yaml"
     file.write_text("repo: 3\nrevision: main\n")
     status, _, err = pkt("pin", file)
