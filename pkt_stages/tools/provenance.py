@@ -46,7 +46,7 @@ def origin(path: Path) -> Origin | None:
         return None
     wanted = absolute.relative_to(root)
     for lock in locks(root):
-        for name, entry in stages(lock).items():
+        for name, entry in stages(text_of(lock)).items():
             for out in entry.get("outs", ()):
                 if wanted.is_relative_to(out["path"]):
                     output = root / out["path"]
@@ -78,12 +78,12 @@ def check_inputs(words: Sequence[str]) -> None:
     wanted = {path for path in paths if path.parts and path.parts[0] in OUTPUTS}
     found: dict[str, tuple[str, str]] = {}  # the output, its stage and MD5
     # The stage's own lock file first: large ones take a while to read, and mostly no other is needed.
-    own = root / os.environ["DVC_STAGE"].rpartition(":")[0]
+    own = root / (os.environ["DVC_STAGE"].rpartition(":")[0] or "dvc.yaml")
     for lock in sorted(locks(root), key=lambda lock: lock.parent != own.parent):
-        text = lock.read_text(encoding="utf-8")
+        text = text_of(lock)
         if not any(f"path: {part.as_posix()}\n" in text for path in wanted for part in (path, *path.parents)):
             continue
-        for name, entry in stages(lock).items():
+        for name, entry in stages(text).items():
             for out in entry.get("outs", ()):
                 if "md5" in out and (inside := {path for path in wanted if path.is_relative_to(out["path"])}):
                     found[out["path"]] = address(root, lock, name), out["md5"]
@@ -107,11 +107,19 @@ def address(root: Path, lock: Path, name: str) -> str:
     return name if lock.parent == root else f"{(folder / 'dvc.yaml').as_posix()}:{name}"
 
 
-def stages(lock: Path) -> dict[str, Any]:
-    """The records of a dvc.lock; none if it is unreadable (in a merge, say), which `dvc status` complains about."""
+def text_of(lock: Path) -> str:
+    """A dvc.lock's text; nothing if it is unreadable, which `dvc status` complains about."""
     try:
-        return dict(yaml.load(lock.read_text(encoding="utf-8"), LOADER)["stages"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return lock.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def stages(text: str) -> dict[str, Any]:
+    """The records in a dvc.lock's text; none if that is no lock (in a merge, say)."""
+    try:
+        return dict(yaml.load(text, LOADER)["stages"])
+    except (ValueError, TypeError, KeyError, yaml.YAMLError):
         return {}
 
 

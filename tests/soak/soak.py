@@ -1,7 +1,7 @@
 """`make soak`: every kind of stage is broken while it computes and while it writes; the results are those of a run
 that nothing disturbed, byte for byte, and nothing half-written is left.
 
-It takes a quarter of an hour; `make test` has a short form (tests/pipeline/test_interruptions.py).
+It takes some 20 minutes; `make test` has a short form (tests/pipeline/test_interruptions.py).
 """
 
 from __future__ import annotations
