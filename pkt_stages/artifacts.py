@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,116 +32,129 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's allowed dtypes and the names of its dimensions; equal names mean equal sizes within one file."""
+    """A tensor's allowed dtypes and the names of its dimensions; equal names mean equal sizes within one file.
+
+    `dims` is None where any shape will do.
+    """
 
     dtypes: tuple[str, ...]
-    dims: tuple[str, ...]
+    dims: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of artifact: what makes it, and its tensors by name; `{x}` in a name stands for any word.
 
-    A placeholder used in a dimension's name, as in `union_{layer}`, ties that dimension to the word it matched.
+    A placeholder used in a dimension's name, as in `union_{layer}`, ties that dimension to the word it matched. `{any}`
+    stands for any name.
+
+    The kinds are constants of this module and in no list: a new one changes the code of no stage but its own.
     """
 
+    name: str
     made_by: str
     tensors: Mapping[str, TensorSpec]
 
 
-def _spec(dtypes: str | tuple[str, ...], *dims: str) -> TensorSpec:
-    return TensorSpec((dtypes,) if isinstance(dtypes, str) else dtypes, dims)
+def _spec(dtypes: str | tuple[str, ...], *dims: Any) -> TensorSpec:
+    """The spec of a tensor; `...` for dimensions: any shape."""
+    return TensorSpec((dtypes,) if isinstance(dtypes, str) else dtypes, None if dims == (...,) else dims)
 
 
-KINDS: dict[str, Kind] = {
-    # Scores and gains in nats; tokens and neurons as indices. One score tensor per variant of lens and coefficient.
-    "attribution": Kind(
-        "pkt attribute",
-        {
-            "predicted_token": _spec("int64", "example"),
-            "ffn_scores.{norm}": _spec("float32", "example", "layer", "ffn_neuron"),
-            "attn_scores.{norm}.{coefficient}": _spec("float32", "example", "layer", "attn_neuron"),
-            "ffn_gain.{norm}": _spec("float32", "example", "layer"),
-            "attn_gain.{norm}": _spec("float32", "example", "layer"),
-            "top_neurons.{module}": _spec("int64", "example", "top", "layer_and_neuron"),
-            "top_tokens.{module}": _spec("int64", "example", "top", "lens_token"),
-        },
-    ),
-    # Which source neuron goes to which target neuron; rank r maps to rank r. The random neurons serve a control.
-    "selection": Kind(
-        "pkt select",
-        {
-            f"{module}_{what}": _spec("int64", "example", "layer_pair", *rest)
-            for module in ("ffn", "attn")
-            for what, rest in (
-                ("layers", ("source_and_target",)),
-                ("source_neurons", (f"{module}_rank",)),
-                ("target_neurons", (f"{module}_rank",)),
-            )
-        }
-        | {f"{module}_random_neurons": _spec("int64", "source_layer", f"{module}_rank") for module in ("ffn", "attn")},
-    ),
-    # The source's rows at the selected neurons, once per layer: row i belongs to neurons.{module}.{layer}[i].
-    "source_rows": Kind(
-        "pkt select",
-        {
-            "neurons.{module}.{layer}": _spec("int64", "union_{module}_{layer}"),
-            "ffn_up.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
-            "ffn_down.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
-            "attn_v.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
-            "attn_o.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
-        },
-    ),
-    # Seeking's extraction: per target layer its source layer, and per weight the block of the source's weight (as the
-    # checkpoint stores it, [out, in]) of the target's shape, with the row and column where it begins.
-    "submatrices": Kind(
-        "pkt seek",
-        {
-            "layers": _spec("int64", "target_layer"),
-            "layer_sensitivity": _spec("float64", "source_layer"),
-            "{weight}.corner": _spec("int64", "blocks_{weight}", "row_and_column"),
-            "{weight}.block.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
-        },
-    ),
-    # Linear CKA between the outputs of a site's projection, every layer of one model with every layer of another.
-    "cka": Kind("pkt cka", {"cka.{site}": _spec("float64", "first_layer", "second_layer")}),
-    # Cosine similarities of a LoRA update by layer: the mean over neuron rows, and of the flattened matrices.
-    "similarity": Kind("pkt similarity", {"{site}.{moment}.{against}": _spec("float64", "layer", "rows_and_flat")}),
-    # Ranges of deltas; the metadata names weights and statistics. The histogram's first and last bin are open.
-    "delta_ranges": Kind(
-        "pkt deltas",
-        {
-            "edges": _spec("float64", "edge"),
-            "statistics": _spec("float64", "weight", "statistic"),
-            "counts": _spec("int64", "weight", "bin"),
-        },
-    ),
-    # One two-layer mapping per site.
-    "hypernetwork": Kind(
-        "pkt align",
-        {
-            "{site}.0.weight": _spec("float32", "d_hidden", "d_source"),
-            "{site}.2.weight": _spec("float32", "d_target", "d_hidden"),
-        },
-    ),
-    # Rows to add to the target's neurons; layers and neurons count in the target.
-    "delta": Kind(
-        "pkt inject",
-        {
-            "{site}.layers": _spec("int64", "layer_pair"),
-            "{site}.neurons": _spec("int64", "layer_pair", "rank_{site}"),
-            "{site}.rows": _spec("float32", "layer_pair", "rank_{site}", "d_target"),
-        },
-    ),
-}
+# Scores and gains in nats; tokens and neurons as indices. One score tensor per variant of lens and coefficient.
+ATTRIBUTION = Kind(
+    "attribution",
+    "pkt attribute",
+    {
+        "predicted_token": _spec("int64", "example"),
+        "ffn_scores.{norm}": _spec("float32", "example", "layer", "ffn_neuron"),
+        "attn_scores.{norm}.{coefficient}": _spec("float32", "example", "layer", "attn_neuron"),
+        "ffn_gain.{norm}": _spec("float32", "example", "layer"),
+        "attn_gain.{norm}": _spec("float32", "example", "layer"),
+        "top_neurons.{sublayer}": _spec("int64", "example", "top", "layer_and_neuron"),
+        "top_tokens.{sublayer}": _spec("int64", "example", "top", "lens_token"),
+    },
+)
+# Which source neuron goes to which target neuron, for each variant of the selection; rank r maps to rank r. The random
+# neurons serve a control.
+SELECTION = Kind(
+    "selection",
+    "pkt select",
+    {
+        f"{{variant}}.{sublayer}_{what}": _spec("int64", "example", f"{sublayer}_layer_pair", *rest)
+        for sublayer in ("ffn", "attn")
+        for what, rest in (
+            ("layers", ("source_and_target",)),
+            ("source_neurons", (f"{sublayer}_rank",)),
+            ("target_neurons", (f"{sublayer}_rank",)),
+        )
+    }
+    | {
+        f"{sublayer}_random_neurons": _spec("int64", "source_layer", f"{sublayer}_rank") for sublayer in ("ffn", "attn")
+    },
+)
+# The source's rows at the selected neurons, once per layer: row i belongs to neurons.{sublayer}.{layer}[i].
+SOURCE_ROWS = Kind(
+    "source_rows",
+    "pkt select",
+    {
+        "neurons.{sublayer}.{layer}": _spec("int64", "union_{sublayer}_{layer}"),
+        "ffn_up.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
+        "ffn_down.{layer}": _spec(FLOATS, "union_ffn_{layer}", "d_source"),
+        "attn_v.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
+        "attn_o.{layer}": _spec(FLOATS, "union_attn_{layer}", "d_source"),
+    },
+)
+# Seeking's extraction: per target layer its source layer, and per weight the sub-matrix of the source's weight (as the
+# checkpoint stores it, [out, in]) of the target's shape, with the row and column where it begins.
+SUBMATRICES = Kind(
+    "submatrices",
+    "pkt seek",
+    {
+        "layers": _spec("int64", "target_layer"),
+        "layer_sensitivity": _spec("float64", "source_layer"),
+        "{weight}.corner": _spec("int64", "submatrices_{weight}", "row_and_column"),
+        "{weight}.submatrix.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
+    },
+)
+# Linear CKA between the outputs of a site's projection, every layer of one model with every layer of another.
+CKA = Kind("cka", "pkt compare", {"cka.{site}": _spec("float64", "first_layer", "second_layer")})
+# Cosine similarities of a LoRA update by layer: the mean over neuron rows, and of the flattened matrices.
+SIMILARITY = Kind(
+    "similarity", "pkt compare", {"{site}.{moment}.{against}": _spec("float64", "layer", "rows_and_flat")}
+)
+# Ranges of deltas; the metadata names weights and statistics. The histogram's first and last bin are open.
+DELTA_RANGES = Kind(
+    "delta_ranges",
+    "pkt compare",
+    {
+        "edges": _spec("float64", "edge"),
+        "statistics": _spec("float64", "weight", "statistic"),
+        "counts": _spec("int64", "weight", "bin"),
+    },
+)
+# The weights of a mapping from source rows to target rows; their names and shapes are the mapping's own.
+MAPPING = Kind("mapping", "pkt align", {"{any}": _spec("float32", ...)})
+# Rows to add to the target's neurons; layers and neurons count in the target.
+DELTA = Kind(
+    "delta",
+    "pkt inject",
+    {
+        "{site}.layers": _spec("int64", "layer_pair_{site}"),
+        "{site}.neurons": _spec("int64", "layer_pair_{site}", "rank_{site}"),
+        "{site}.rows": _spec("float32", "layer_pair_{site}", "rank_{site}", "d_target"),
+    },
+)
+# What to add to whole weights, by their names in the model.
+DENSE_DELTA = Kind("dense_delta", "pkt derive", {"{any}": _spec("float32", ...)})
 
 
-def save(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save(path: Path, kind: Kind, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write an artifact after checking it against its kind.
 
     Args:
         path: where; folders are made. Nothing is left there if writing fails.
-        kind: a key of `KINDS`.
+        kind: a constant of this module.
         tensors: by name; made contiguous and moved to the CPU.
         meta: JSON values: models with revision, params, units. No time, host, user or path.
 
@@ -153,11 +167,11 @@ def save(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
     problem = _mismatch(kind, described)
-    assert problem is None, f"{kind}: {problem}"
+    assert problem is None, f"{kind.name}: {problem}"
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity; not written (look at the inputs' weights)")
-    header = {"kind": kind, "schema_version": SCHEMA_VERSION, **meta}
+    header = {"kind": kind.name, "schema_version": SCHEMA_VERSION, **meta}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     with written_whole(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={METADATA_KEY: text}))
@@ -179,14 +193,19 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free space and run again (nothing was written)") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
-            raise UserError(f"{path}: cannot be written ({os.strerror(error.errno)})") from None
-        raise
+        raise _unwritable(path, error) from None
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    """What to raise in place of an error of writing; the error itself if it says nothing of the path."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: the disk is full; free space and run again (nothing was written)")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EFBIG):
+        return UserError(f"{path}: cannot be written ({os.strerror(error.errno)})")
+    return error
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -198,6 +217,40 @@ def _remove_leftovers(path: Path) -> None:
             left.unlink(missing_ok=True)
         except (ValueError, OverflowError, PermissionError):
             continue  # not ours, or another user's
+
+
+@contextmanager
+def replaced_folder(out: Path, mark: str) -> Iterator[Path]:
+    """A new folder that takes the place of `out` in the end; all that was put into it appears, or nothing.
+
+    Args:
+        mark: a file that each such folder holds, by which an earlier one is known; nothing else is replaced.
+
+    Raises:
+        UserError: `out` is a file or a folder of something else, or cannot be written.
+    """
+    check_replaceable(out, mark)
+    beside = out.with_name(f".{out.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        assert (beside / mark).is_file(), mark
+        shutil.rmtree(out, ignore_errors=True)
+        beside.replace(out)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_replaceable(out: Path, mark: str) -> None:
+    """Raise UserError if `replaced_folder` would refuse `out`; for a look before a long computation."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder")
+    others = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if others and not (out / mark).is_file():
+        raise UserError(f"{out}: holds {others[0]} and no {mark}, so it is not ours to replace; give a new folder")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -232,7 +285,7 @@ class Artifact:
         return {name: self[name] for name in self.shapes}
 
 
-def load(path: Path, kind: str) -> Artifact:
+def load(path: Path, kind: Kind) -> Artifact:
     """Open an artifact and check it against its kind; tensors are read lazily.
 
     Raises:
@@ -240,9 +293,9 @@ def load(path: Path, kind: str) -> Artifact:
     """
     from safetensors import SafetensorError, safe_open
 
-    made_by = KINDS[kind].made_by
+    made_by = kind.made_by
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a {kind} artifact, made by `{made_by}`")
+        raise UserError(f"{path}: no such file; expected a {kind.name} artifact, made by `{made_by}`")
     try:
         file = safe_open(path, framework="pt")
         raw = (file.metadata() or {}).get(METADATA_KEY)
@@ -252,7 +305,7 @@ def load(path: Path, kind: str) -> Artifact:
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path}: not a readable safetensors file ({reason}); expected a {kind} artifact,"
+            f"{path}: not a readable safetensors file ({reason}); expected a {kind.name} artifact,"
             f" make it again with `{made_by}`"
         ) from None
     try:
@@ -260,9 +313,9 @@ def load(path: Path, kind: str) -> Artifact:
     except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict) or "kind" not in meta:
-        raise UserError(f"{path}: a safetensors file without this project's metadata; expected a {kind} artifact")
-    if meta["kind"] != kind:
-        raise UserError(f"{path}: expected a {kind} artifact (made by `{made_by}`), found {meta['kind']}")
+        raise UserError(f"{path}: a safetensors file without this project's metadata; expected a {kind.name} artifact")
+    if meta["kind"] != kind.name:
+        raise UserError(f"{path}: expected a {kind.name} artifact (made by `{made_by}`), found {meta['kind']}")
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path}: expected schema version {SCHEMA_VERSION}, found {meta.get('schema_version')};"
@@ -274,11 +327,11 @@ def load(path: Path, kind: str) -> Artifact:
     return Artifact(path, meta, {name: shape for name, (_, shape) in described.items()}, file)
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path, among: Sequence[Kind]) -> Kind:
     """The kind that a file says it is.
 
     Raises:
-        UserError: missing, not readable, or no artifact of a known kind.
+        UserError: missing, not readable, or no artifact of one of these kinds.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -290,18 +343,19 @@ def kind_of(path: Path) -> str:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
     kind = meta.get("kind") if isinstance(meta, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
+    known = {value.name: value for value in among}
+    if not isinstance(kind, str) or kind not in known:
         found = f"kind {kind!r}" if kind is not None else "no metadata of this project"
-        raise UserError(f"{path}: expected an artifact of a kind among {', '.join(KINDS)}; found {found}")
-    return kind
+        raise UserError(f"{path}: expected an artifact of a kind among {', '.join(known)}; found {found}")
+    return known[kind]
 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
 
 
-def _mismatch(kind: str, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+def _mismatch(kind: Kind, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
     """What is wrong with these tensors (name -> dtype, shape) as an artifact of this kind; None if nothing is."""
-    patterns = {name: re.compile(_pattern(name)) for name in KINDS[kind].tensors}
+    patterns = {name: re.compile(_pattern(name)) for name in kind.tensors}
     sizes: dict[str, tuple[int, str]] = {}
     used: set[str] = set()
     for name, (dtype, shape) in sorted(described.items()):
@@ -309,12 +363,14 @@ def _mismatch(kind: str, described: Mapping[str, tuple[str, tuple[int, ...]]]) -
         # A literal name wins over a pattern that happens to match it.
         found.sort(key=lambda pair: "{" in pair[0])
         if not found:
-            return f"unexpected tensor {name} in a {kind} artifact"
+            return f"unexpected tensor {name} in a {kind.name} artifact"
         pattern, match = found[0]
         used.add(pattern)
-        spec = KINDS[kind].tensors[pattern]
+        spec = kind.tensors[pattern]
         if dtype not in spec.dtypes:
             return f"tensor {name}: expected {' or '.join(spec.dtypes)}, found {dtype}"
+        if spec.dims is None:
+            continue
         if len(shape) != len(spec.dims):
             return f"tensor {name}: expected dimensions [{', '.join(spec.dims)}], found shape {list(shape)}"
         for dim, size in zip(spec.dims, shape, strict=True):
@@ -324,9 +380,11 @@ def _mismatch(kind: str, described: Mapping[str, tuple[str, tuple[int, ...]]]) -
                 return f"tensor {name}: {dim} is {size}, but {known} in {where}"
     missing = set(patterns) - used
     if missing:
-        return f"tensor {min(missing)} is missing from a {kind} artifact"
+        return f"tensor {min(missing)} is missing from a {kind.name} artifact"
     return None
 
 
 def _pattern(name: str) -> str:
+    if name == "{any}":
+        return ".+"
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(name))

@@ -1,4 +1,4 @@
-"""Command-line options made from a stage's params dataclass, so that help, defaults and params.yaml cannot disagree."""
+"""Command-line options made from a stage's params dataclass, so that help, defaults and params file cannot disagree."""
 
 from __future__ import annotations
 
@@ -8,66 +8,87 @@ import inspect
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
-from pkt_stages.params import build, read_method, read_section
+from pkt_stages import methods
+from pkt_stages.errors import UserError
+from pkt_stages.params import build, option, read_settings
+
+__all__ = ["option"]  # stages take it from here
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+# Machine facts: no params, because no result depends on them.
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto (sharded over GPUs).", envvar="PKT_DEVICE")]
+Scratch = Annotated[Path, typer.Option(help="Folder for what a killed run goes on from.", envvar="PKT_SCRATCH")]
+MicroBatch = Annotated[int, typer.Option(min=1, help="Examples at a time; changes memory.", envvar="PKT_MICRO_BATCH")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time.", envvar="PKT_EVALUATE_BATCH_SIZE")]
+SCRATCH = Path(".scratch")
+# What commands name.
+Source = Annotated[str, typer.Option(help="The source: model folder, or hub name `owner/name@revision`.")]
+Target = Annotated[str, typer.Option(help="The target: model folder, or hub name `owner/name@revision`.")]
+Model = Annotated[str, typer.Option(help="Model folder, or hub name `owner/name@revision`.")]
+Task = Annotated[str | None, typer.Option(help="Task whose part of the params file to use.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="Method whose entry in `made_by` of the params to use.")
+]
 
 
-def option(default: Any, help: str) -> Any:
-    """A params field with the text that `--help` shows for it (with its unit)."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_params(
+    section: str, cls: type, *, code: str | None = None, function: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `--params FILE` and one per field of `cls`; it receives `params`, built from them.
 
-    Values come from the defaults, then the file's section (and the part of `--task`, where there is one), then the
-    section of `--method` in `methods`, where the command has that option, then options.
+    Values come as `params.read_settings` says, for the command's `task` and `method` where it has such options.
+
+    Args:
+        code: for commands that call a file of pkt_stages/methods: the file that is used where neither `--code` nor the
+            method's entry names one; empty if there is none. The command then receives `by`, that file with its own
+            settings, which come from the same places and from `--set NAME=VALUE`.
+        function: that the file must have.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         hints = typing.get_type_hints(cls)
-        own = [p for name, p in signature.parameters.items() if name != "params"]
-        assert "params" in signature.parameters
+        own = [p for name, p in signature.parameters.items() if name not in ("params", "by")]
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        extra = [
-            inspect.Parameter(
-                "params_file",
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[
-                    Path | None, typer.Option("--params", help=f"Params file whose section `{section}` to use.")
-                ],
-            )
-        ]
-        for name, f in fields.items():
-            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            described = typer.Option(help=f"{f.metadata['help']} (default: {shown})", rich_help_panel="Settings")
+        extra = [_parameter("params_file", Path, "--params", help=f"Params file whose section `{section}` to use.")]
+        if code is not None:
             extra.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[_option_type(hints[name]) | None, described],
-                )
+                _parameter("code", str, help=f"File of pkt_stages/methods to use (default: {code or 'none'}).")
             )
+            extra.append(_parameter("set_", list[str], "--set", help="A setting of that file, NAME=VALUE; repeatable."))
+        for name, f in fields.items():
+            if not _is_mapping(hints[name]):
+                shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+                text = f"{f.metadata['help']} (default: {shown})"
+                extra.append(_parameter(name, _option_type(hints[name]), help=text, rich_help_panel="Settings"))
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:
             file = given.pop("params_file")
-            values = read_section(file, section, given.get("task")) if file is not None else {}
-            if file is not None and given.get("method") is not None:
-                values = {**values, **read_method(file, given["method"], section)}
+            task, method = given.get("task"), given.get("method")
+            values = read_settings(file, section, task=task, method=method) if file is not None else {}
+            named, more = given.pop("code", None), given.pop("set_", None)
             for name in fields:
-                value = given.pop(name)
+                value = given.pop(name, None)
                 if value is not None:
-                    values = {**values, name: _elements(value, hints[name]) if _is_list(hints[name]) else value}
+                    values[name] = _elements(value, hints[name]) if _is_list(hints[name]) else value
             where = f"{file}: {section}" if file is not None else f"options of `{section}`"
+            if code is not None:
+                values |= _assignments(more or [])
+                chosen = named or values.pop("code", None) or code
+                values.pop("code", None)
+                if not isinstance(chosen, str) or not chosen:
+                    raise UserError(
+                        f"{where}: no code; name a file of pkt_stages/methods: {', '.join(methods.names())}"
+                    )
+                given["by"], values = _method(chosen, function, cls, values, where)
             command(**given, params=build(cls, values, where))
 
         keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -76,6 +97,42 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
         return wrapper
 
     return decorate
+
+
+def _parameter(name: str, hint: Any, *flags: str, **how: Any) -> inspect.Parameter:
+    annotation = Annotated[hint | None, typer.Option(*flags, **how)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _method(
+    name: str, function: str, cls: type, values: Mapping[str, Any], where: str
+) -> tuple[methods.Method, dict[str, Any]]:
+    """The method with those of the values that are settings of its own, and the others."""
+    code = methods.load(name, function)
+    shared, own = ([f.name for f in dataclasses.fields(c)] for c in (cls, code.Params))
+    if unknown := [key for key in values if key not in shared and key not in own]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join([*own, *shared])}")
+    settings = build(code.Params, {key: value for key, value in values.items() if key in own}, f"{where} ({name})")
+    return methods.Method(name, code, settings), {key: value for key, value in values.items() if key not in own}
+
+
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE`, the value as YAML reads it."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--set {text}: expected NAME=VALUE")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {text}: its value is no YAML") from None
+    return found
+
+
+def _is_mapping(hint: Any) -> bool:
+    """Whether a field is a mapping, which stands in a params file alone."""
+    return dict in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
 
 
 def _is_list(hint: Any) -> bool:

@@ -11,22 +11,21 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pkt_stages.artifacts import content_hash, write_json, written_whole
-from pkt_stages.errors import UserError
+from pkt_stages.artifacts import content_hash, replaced_folder, write_json, written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 # What can change a result; the rest of the package is plumbing.
-CODE = ("core", "models", "evaluation", "stages", "encoding.py")
+CODE = ("core", "models", "methods", "evaluation", "tasks", "stages", "encoding.py")
 LIBRARIES = ("torch", "transformers", "peft", "trl")
+CHOSEN = "chosen.json"  # what a folder of published steps holds beside them
 
 
 def fingerprint(values: Any, files: Sequence[Path]) -> str:
@@ -55,6 +54,14 @@ class _Folder:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Units(Protocol):
+    """Finished parts of the work by name, each some tensors: a dict, or `Shards`."""
+
+    def get(self, name: str) -> dict[str, Tensor] | None: ...
+
+    def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None: ...
 
 
 class Shards(_Folder):
@@ -143,46 +150,21 @@ class Steps(_Folder):
         found = sorted(self.folder.glob("step_*.safetensors"))
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
-    def publish(self, out: Path, steps: int) -> None:
-        """Put the checkpoints of all steps into `out`, in place of those of an earlier run; all or none appear."""
-        with replaced(out, *CHECKPOINTS) as folder:
+    def publish(self, out: Path, steps: int, chosen: Mapping[str, Any]) -> None:
+        """Put the checkpoints of all steps into `out`, in place of an earlier run's; all or none appear.
+
+        Args:
+            chosen: what to write beside them, as JSON: which of them to use.
+
+        Raises:
+            UserError: `out` holds something else.
+        """
+        with replaced_folder(out, CHOSEN) as folder:
             for step in range(1, steps + 1):
                 shutil.copyfile(self.checkpoint(step), folder / checkpoint_name(step))
+            write_json(folder / CHOSEN, chosen)
 
 
 def checkpoint_name(step: int) -> str:
     """File name of the mapping after a step (from 1)."""
     return f"step_{step:02d}.safetensors"
-
-
-CHECKPOINTS = ("step_*.safetensors", "checkpoint")
-
-
-def check_out(out: Path, pattern: str, what: str) -> None:
-    """Raise UserError if a folder that is to be replaced holds anything but what a stage has put there.
-
-    Args:
-        pattern: of the names that may be there.
-        what: such a name stands for.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder")
-    others = [p.name for p in sorted(out.iterdir()) if not p.match(pattern)] if out.is_dir() else []
-    if others:
-        raise UserError(f"{out}: holds {others[0]}, which is no {what}; give a new folder")
-
-
-@contextmanager
-def replaced(out: Path, pattern: str, what: str) -> Iterator[Path]:
-    """A new folder that takes the place of `out` in the end; all that was put into it appears, or nothing.
-
-    Raises:
-        UserError: as `check_out`.
-    """
-    check_out(out, pattern, what)
-    beside = out.with_name(f".{out.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(out, ignore_errors=True)
-    beside.replace(out)

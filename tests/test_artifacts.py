@@ -12,6 +12,15 @@ from safetensors.torch import save_file
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 
+KIND = artifacts.Kind(
+    "hypernetwork",
+    "pkt align",
+    {
+        "{site}.0.weight": artifacts.TensorSpec(("float32",), ("d_hidden", "d_source")),
+        "{site}.2.weight": artifacts.TensorSpec(("float32",), ("d_target", "d_hidden")),
+    },
+)
+
 
 def hypernetwork(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"ffn_up.0.weight": torch.full((3, 4), value), "ffn_up.2.weight": torch.full((2, 3), value)}
@@ -19,8 +28,8 @@ def hypernetwork(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "h.safetensors"
-    artifacts.save(path, "hypernetwork", hypernetwork(0.5), {"step": 3})
-    loaded = artifacts.load(path, "hypernetwork")
+    artifacts.save(path, KIND, hypernetwork(0.5), {"step": 3})
+    loaded = artifacts.load(path, KIND)
     assert loaded.meta["step"] == 3
     assert loaded.shapes == {"ffn_up.0.weight": (3, 4), "ffn_up.2.weight": (2, 3)}
     assert torch.equal(loaded["ffn_up.2.weight"], torch.full((2, 3), 0.5))
@@ -33,7 +42,7 @@ def test_equal_runs_write_equal_bytes(tmp_path: Path) -> None:
         "import sys, torch; from pathlib import Path; from pkt_stages import artifacts\n"
         "keys = {'b', 'a', 'zz', 'model', 'params', 'x1', 'x2'}\n"
         "w = {'ffn_up.0.weight': torch.ones(3, 4), 'ffn_up.2.weight': torch.ones(2, 3)}\n"
-        "artifacts.save(Path(sys.argv[1]), 'hypernetwork', w, {k: k for k in keys})\n"
+        "artifacts.save(Path(sys.argv[1]), artifacts.MAPPING, w, {k: k for k in keys})\n"
     )
     written = []
     for seed in ("1", "2"):
@@ -59,7 +68,7 @@ def test_tensors_that_do_not_fit_their_kind_are_a_programmers_error(
     tmp_path: Path, change: dict[str, torch.Tensor], message: str
 ) -> None:
     with pytest.raises(AssertionError, match=message):
-        artifacts.save(tmp_path / "h.safetensors", "hypernetwork", hypernetwork() | change, {})
+        artifacts.save(tmp_path / "h.safetensors", KIND, hypernetwork() | change, {})
 
 
 def test_dimensions_of_the_same_layer_must_agree(tmp_path: Path) -> None:
@@ -70,22 +79,22 @@ def test_dimensions_of_the_same_layer_must_agree(tmp_path: Path) -> None:
         for name in ("ffn_up", "ffn_down", "attn_v", "attn_o")
     }
     tensors |= {f"neurons.{m}.{layer}": torch.arange(n) for m in ("ffn", "attn") for layer, n in ((0, 2), (1, 3))}
-    artifacts.save(tmp_path / "r.safetensors", "source_rows", tensors, {})
+    artifacts.save(tmp_path / "r.safetensors", artifacts.SOURCE_ROWS, tensors, {})
     tensors["neurons.attn.1"] = torch.arange(2)
     with pytest.raises(AssertionError, match=r"union_attn_1 is 2, but 3 in attn_o\.1"):
-        artifacts.save(tmp_path / "r.safetensors", "source_rows", tensors, {})
+        artifacts.save(tmp_path / "r.safetensors", artifacts.SOURCE_ROWS, tensors, {})
 
 
 def test_nan_is_never_written(tmp_path: Path) -> None:
     path = tmp_path / "h.safetensors"
     with pytest.raises(UserError, match=r"tensor ffn_up\.0\.weight holds NaN or infinity; not written"):
-        artifacts.save(path, "hypernetwork", hypernetwork(float("nan")), {})
+        artifacts.save(path, KIND, hypernetwork(float("nan")), {})
     assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "h.safetensors"
-    artifacts.save(path, "hypernetwork", hypernetwork(1.0), {})
+    artifacts.save(path, KIND, hypernetwork(1.0), {})
     before = path.read_bytes()
 
     def full(*_: object) -> None:
@@ -93,7 +102,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"h\.safetensors: the disk is full; free space and run again"):
-        artifacts.save(path, "hypernetwork", hypernetwork(2.0), {})
+        artifacts.save(path, KIND, hypernetwork(2.0), {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -112,7 +121,7 @@ def test_what_killed_writers_left_goes_with_the_next_one(tmp_path: Path) -> None
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; expected a selection artifact, made by `pkt select`"):
-        artifacts.load(tmp_path / "none.safetensors", "selection")
+        artifacts.load(tmp_path / "none.safetensors", artifacts.SELECTION)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 64, b'\x10\0\0\0\0\0\0\0{"a": 1}        '])
@@ -120,38 +129,95 @@ def test_not_safetensors(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a readable safetensors file") as caught:
-        artifacts.load(path, "delta")
+        artifacts.load(path, artifacts.DELTA)
     assert "\n" not in str(caught.value)
     assert "make it again with `pkt inject`" in str(caught.value)
 
 
 def test_truncated(tmp_path: Path) -> None:
     path = tmp_path / "h.safetensors"
-    artifacts.save(path, "hypernetwork", hypernetwork(), {})
+    artifacts.save(path, KIND, hypernetwork(), {})
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        artifacts.load(path, "hypernetwork")
+        artifacts.load(path, KIND)
 
 
 def test_wrong_kind_foreign_and_old_files(tmp_path: Path) -> None:
     path = tmp_path / "h.safetensors"
-    artifacts.save(path, "hypernetwork", hypernetwork(), {})
+    artifacts.save(path, KIND, hypernetwork(), {})
     with pytest.raises(UserError, match=r"expected a delta artifact \(made by `pkt inject`\), found hypernetwork"):
-        artifacts.load(path, "delta")
+        artifacts.load(path, artifacts.DELTA)
     save_file(hypernetwork(), path)
     with pytest.raises(UserError, match="without this project's metadata; expected a hypernetwork artifact"):
-        artifacts.load(path, "hypernetwork")
+        artifacts.load(path, KIND)
     save_file(hypernetwork(), path, metadata={"pkt": '{"kind": "hypernetwork", "schema_version": 0}'})
     with pytest.raises(UserError, match="expected schema version 1, found 0"):
-        artifacts.load(path, "hypernetwork")
+        artifacts.load(path, KIND)
     save_file(
         {"ffn_up.0.weight": torch.ones(2, 2)}, path, metadata={"pkt": '{"kind":"hypernetwork","schema_version":1}'}
     )
     with pytest.raises(UserError, match=r"tensor \{site\}\.2\.weight is missing from a hypernetwork artifact"):
-        artifacts.load(path, "hypernetwork")
+        artifacts.load(path, KIND)
 
 
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         artifacts.write_json(tmp_path / "file" / "m.json", {})
+
+
+def test_any_name_and_shape_where_the_kind_says_so(tmp_path: Path) -> None:
+    tensors = {"up.0.weight": torch.ones(2, 3), "scale": torch.tensor(1.0)}
+    artifacts.save(tmp_path / "m.safetensors", artifacts.MAPPING, tensors, {})
+    assert artifacts.load(tmp_path / "m.safetensors", artifacts.MAPPING).shapes == {"up.0.weight": (2, 3), "scale": ()}
+    with pytest.raises(AssertionError, match="tensor up: expected float32, found int64"):
+        artifacts.save(tmp_path / "m.safetensors", artifacts.MAPPING, {"up": torch.ones(2).long()}, {})
+
+
+def test_the_kind_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    artifacts.save(path, artifacts.MAPPING, {"w": torch.ones(1)}, {})
+    assert artifacts.kind_of(path, (artifacts.DELTA, artifacts.MAPPING)) is artifacts.MAPPING
+    artifacts.save(path, KIND, hypernetwork(), {})
+    with pytest.raises(
+        UserError, match="expected an artifact of a kind among delta, mapping; found kind 'hypernetwork'"
+    ):
+        artifacts.kind_of(path, (artifacts.DELTA, artifacts.MAPPING))
+
+
+def replace(out: Path, **files: str) -> None:
+    with artifacts.replaced_folder(out, "mark") as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    replace(out, mark="1", old="x")
+    replace(out, mark="2", new="y")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"mark": "2", "new": "y"}
+    with pytest.raises(AssertionError, match="mark"):
+        replace(out, other="3")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"mark": "2", "new": "y"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    replace(out, mark="1")  # an empty one is nobody's
+    (out / "mark").rename(out / "thesis.tex")
+    with pytest.raises(UserError) as caught:
+        replace(out, mark="2")
+    assert str(caught.value) == f"{out}: holds thesis.tex and no mark, so it is not ours to replace; give a new folder"
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        replace(out / "thesis.tex", mark="2")
+
+
+def test_what_a_killed_writer_left_of_a_folder_goes_with_the_next_one(tmp_path: Path) -> None:
+    left = tmp_path / ".out.new"
+    left.mkdir()
+    (left / "half").write_text("")
+    replace(tmp_path / "out", mark="1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mark"]

@@ -1,147 +1,39 @@
-"""The mapping from source rows to rows of the target, and its training step (LaTen, paper 4.3; METHODS section 4).
+"""The mapping from source rows to rows of the target (LaTen, paper 4.3; METHODS section 4).
 
-    delta = W2 relu(W0 row)          one pair (W0, W2) per site, shared by all layers, no bias, float32
-
-    objective = mean over examples (mean over tokens of the language-model loss)
-                + penalty_weight * sum over sites of mean(delta^2)
-
-Weights are a plain mapping `{site}.0.weight` [d_hidden, d_source], `{site}.2.weight` [d_target, d_hidden]: the names
-of torch's Sequential(Linear, ReLU, Linear), and those of the artifact.
+delta = W2 relu(W0 row)          one pair (W0, W2) per site, shared by all layers, no bias, float32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-Weights = dict[str, Tensor]
-# The delta rows of a micro-batch's injection -> the loss of each of its examples.
-MicroBatchLoss = Callable[[Mapping[str, Tensor]], Float[Tensor, " example"]]
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 
-def init_weights(
-    sites: Sequence[str], *, d_source: int, d_hidden: int, d_target: int, std: float, generator: torch.Generator
-) -> Weights:
-    """Normal weights of standard deviation `std`, float32, drawn site by site on the generator's device."""
-    shapes = {"0": (d_hidden, d_source), "2": (d_target, d_hidden)}
-    return {
-        f"{site}.{place}.weight": torch.randn(shape, generator=generator, device=generator.device) * std
-        for site in sites
-        for place, shape in shapes.items()
-    }
+class Hypernetwork(nn.ModuleDict):
+    """One two-layer network per site; its parameters are `{site}.0.weight` and `{site}.2.weight`, not set yet."""
+
+    def __init__(self, sites: Sequence[str], *, d_source: int, d_hidden: int, d_target: int) -> None:
+        super().__init__(
+            {
+                site: nn.Sequential(
+                    skip_init(nn.Linear, d_source, d_hidden, bias=False),
+                    nn.ReLU(),
+                    skip_init(nn.Linear, d_hidden, d_target, bias=False),
+                )
+                for site in sites
+            }
+        )
+
+    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map the source's rows of each site, [..., d_source], to the target's width, [..., d_target]."""
+        return {site: self[site](part) for site, part in rows.items()}
 
 
-def forward(weights: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the source's rows of each site, [..., d_source], to the target's width, [..., d_target]."""
-    return {site: _mlp(weights[f"{site}.0.weight"], weights[f"{site}.2.weight"], part) for site, part in rows.items()}
-
-
-def _mlp(
-    first: Float[Tensor, "d_hidden d_source"],
-    second: Float[Tensor, "d_target d_hidden"],
-    rows: Float[Tensor, "*row d_source"],
-) -> Float[Tensor, "*row d_target"]:
-    return torch.relu(rows @ first.mT) @ second.mT
-
-
-def mean_square(deltas: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-    """Sum over the sites of mean(delta^2); each site counts the same, whatever its number of rows."""
-    return torch.stack([delta.square().mean() for delta in deltas.values()]).sum()
-
-
-def token_mean_loss(
-    logits: Float[Tensor, "example token vocab"], labels: Int[Tensor, "example token"]
-) -> Float[Tensor, " example"]:
-    """Each example's mean loss in nats over its supervised tokens.
-
-    Args:
-        logits: at each position, for the token after it.
-        labels: the tokens themselves; -100 where no loss is taken. NaN for an example without a supervised token.
-    """
-    predicted, wanted = logits[:, :-1].float(), labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        predicted.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none"
-    )
-    return losses.view(wanted.shape).sum(-1) / (wanted != -100).sum(-1)
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """One step's losses before the update.
-
-    Attributes:
-        per_example: language-model loss of each example, nats per token.
-        mean_square: sum over the sites of mean(delta^2).
-        objective: what was differentiated.
-    """
-
-    per_example: Float[Tensor, " example"]
-    mean_square: float
-    objective: float
-
-
-def backward(
-    weights: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    micro_batches: Iterable[MicroBatchLoss],
-    *,
-    penalty_weight: float,
-    reduction: str,
-) -> StepLosses:
-    """Set the weights' `.grad` to the gradient of one step's objective.
-
-    The mapping is evaluated once. Micro-batches add up the gradient of the delta rows; one backward pass takes it,
-    and the penalty's, through the mapping. How examples are split into micro-batches changes rounding only.
-
-    Args:
-        weights: leaves that require gradients.
-        rows: the extracted rows of the step's example by site, [layer_pair, k, d_source].
-        micro_batches: each gives the losses of its examples under a delta.
-        penalty_weight: lambda.
-        reduction: `mean` divides by the number of examples; `sum` does not, and the penalty counts once per example,
-            as in the authors' code.
-
-    Raises:
-        ValueError: an unknown reduction, or no example.
-    """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be mean or sum, found {reduction!r}")
-    for weight in weights.values():
-        weight.grad = None
-    deltas = forward(weights, rows)
-    leaves = {site: delta.detach().requires_grad_() for site, delta in deltas.items()}
-    losses = []
-    for loss_of in micro_batches:
-        losses.append(loss_of(leaves))
-        losses[-1].sum().backward()
-        losses[-1] = losses[-1].detach()
-    if not losses:
-        raise ValueError("a step needs at least one example")
-    per_example = torch.cat(losses)
-    scale = 1 / len(per_example) if reduction == "mean" else 1.0
-    square = mean_square(deltas)
-    penalty = square * (penalty_weight * scale * len(per_example))
-    gradients = [leaf.grad * scale if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.values()]
-    torch.autograd.backward([*deltas.values(), penalty], [*gradients, None])
-    objective = float(per_example.double().sum()) * scale + float(penalty.detach())
-    return StepLosses(per_example, float(square.detach()), objective)
-
-
-def optimizer(weights: Mapping[str, Tensor], *, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW (eps 1e-8); the learning rate and beta1 are set before each step (`set_rates`)."""
-    return torch.optim.AdamW(list(weights.values()), lr=0.0, betas=(0.9, beta2), eps=1e-8, weight_decay=weight_decay)
-
-
-def set_rates(adam: torch.optim.AdamW, *, lr: float, beta1: float) -> None:
-    for group in adam.param_groups:
-        group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
-
-
-def value_range(delta: Tensor) -> dict[str, float]:
-    """Minimum, maximum and root mean square of a delta's entries."""
-    found = delta.detach().double()
-    return {"min": float(found.min()), "max": float(found.max()), "rms": float(found.square().mean().sqrt())}
+@torch.no_grad()
+def draw_weights(network: nn.Module, *, std: float, generator: torch.Generator) -> None:
+    """Normal weights of standard deviation `std`, drawn parameter by parameter in their order."""
+    for weight in network.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -1,47 +1,9 @@
-"""Which examples, learning rate and beta1 every step of the alignment uses (METHODS sections 4 and 9)."""
+"""Which examples every step of the alignment uses, and its learning rate (METHODS sections 4 and 9)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
-
-# The authors' OneCycleLR: its arguments where they differ from torch's defaults, and those defaults.
-WARM_UP, DIVISOR, BETA1_LOW, BETA1_HIGH = 0.1, 25.0, 0.85, 0.95
-
-
-@dataclass(frozen=True)
-class Rates:
-    lr: float
-    beta1: float
-
-
-def rates(schedule: str, step: int, *, lr: float, beta1: float, total_steps: int) -> Rates:
-    """What step `step` (from 0) uses.
-
-    Args:
-        schedule: `constant`, or `onecycle`, torch's OneCycleLR with pct_start 0.1, final_div_factor 1 and cycled
-            beta1, as in the authors' code: lr is the peak, and `beta1` is not used.
-        total_steps: of `onecycle`: the number of extract examples, of which only the first steps may be taken.
-
-    Raises:
-        ValueError: an unknown schedule, or a step outside the cycle.
-    """
-    if schedule == "constant":
-        return Rates(lr, beta1)
-    if schedule != "onecycle":
-        raise ValueError(f"schedule must be constant or onecycle, found {schedule!r}")
-    if not 0 <= step < total_steps:
-        raise ValueError(f"step {step} is outside a cycle of {total_steps} steps")
-    # With fewer than ten steps the peak lies before the first step, which is why these never warm up.
-    peak = WARM_UP * total_steps - 1
-    valley = 0 if step < peak else total_steps - 1
-    height = (1 + math.cos(math.pi * (step - peak) / (valley - peak))) / 2  # 1 at the peak, 0 at both ends
-    return Rates(
-        lr=lr / DIVISOR + (lr - lr / DIVISOR) * height,
-        beta1=BETA1_HIGH - (BETA1_HIGH - BETA1_LOW) * height,
-    )
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 
 def draw_examples(
@@ -61,3 +23,22 @@ def draw_examples(
     pool = order[num_held_out:]
     drawn = [pool[torch.randperm(len(pool), generator=generator)[:per_step]].tolist() for _ in range(steps)]
     return order[:num_held_out].tolist(), drawn
+
+
+def scheduler(schedule: str, optimizer: torch.optim.Optimizer, *, lr: float, total_steps: int) -> LRScheduler:
+    """What sets an optimizer's learning rate, and beta1, before each step.
+
+    Args:
+        schedule: `constant`; or `onecycle`, as in the authors' code: `lr` is the peak and beta1 is cycled. With fewer
+            than ten steps the peak lies before the first one, so that there is no warm-up.
+        total_steps: of `onecycle`: the number of extract examples, of which only the first steps may be taken.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    if schedule == "constant":
+        return LambdaLR(optimizer, lambda _: 1.0)
+    if schedule != "onecycle":
+        raise ValueError(f"schedule must be constant or onecycle, found {schedule!r}")
+    # A hair less than the authors' 0.1, at which a cycle of ten steps divides by zero; it then starts at its peak.
+    return OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=0.1 - 1e-12, final_div_factor=1.0)

@@ -7,28 +7,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
-def best_block(scores: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> tuple[int, int]:
-    """Row and column where the contiguous block of `shape` with the largest sum of scores begins.
-
-    A summed-area table gives the sums of all placements at once, in float64; of equal sums the first in row-major order
-    is taken.
+def submatrix_sums(scores: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "down right"]:
+    """Sum of the contiguous sub-matrix of `shape` at every placement, float64, from a summed-area table.
 
     Raises:
-        ValueError: the scores are smaller than the block on a side.
-    """
-    sums = block_sums(scores, shape)
-    return divmod(int(sums.argmax()), sums.shape[1])
-
-
-def block_sums(scores: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "down right"]:
-    """Sum of the block of `shape` at every placement, float64.
-
-    Raises:
-        ValueError: the scores are smaller than the block on a side.
+        ValueError: the scores are smaller than the sub-matrix on a side.
     """
     height, width = shape
     if height > scores.shape[0] or width > scores.shape[1]:
-        raise ValueError(f"no {height}x{width} block in a {scores.shape[0]}x{scores.shape[1]} matrix")
+        raise ValueError(f"no {height}x{width} sub-matrix in a {scores.shape[0]}x{scores.shape[1]} matrix")
     # Along one side after the other: the table of the rows' windows is smaller than the whole one.
     return _windows(_windows(scores.double(), height).mT, width).mT.contiguous()
 

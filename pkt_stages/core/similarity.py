@@ -10,8 +10,6 @@ can be summed over minibatches (Nguyen et al. 2021): `CkaSums` holds three sums 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -130,10 +128,3 @@ def bin_edges(smallest: float, largest: float, per_decade: int) -> Float64[Tenso
 def histogram(values: Tensor, edges: Float64[Tensor, " edge"]) -> Tensor:
     """Number of values per bin, int64 [edge + 1]: the first and the last bin are open."""
     return torch.bincount(torch.bucketize(values.flatten().double(), edges), minlength=len(edges) + 1)
-
-
-def quantiles(counts: Tensor, edges: Float64[Tensor, " edge"], shares: Sequence[float]) -> list[float]:
-    """Values below which these shares lie, from a histogram: the upper edge of the bin, the last edge at most."""
-    cumulative = counts.cumsum(0) / counts.sum()
-    places = torch.searchsorted(cumulative, torch.tensor(shares, dtype=cumulative.dtype)).clamp(max=len(edges) - 1)
-    return [float(value) for value in edges[places]]

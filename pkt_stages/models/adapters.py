@@ -7,7 +7,6 @@ the untouched base, so that `PeftModel.from_pretrained`, vLLM and `pkt evaluate`
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,13 +63,13 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str) -> None:
 
     Args:
         base_model: the target's name, without a path, for PEFT's config.
+
+    Raises:
+        UserError: `folder` holds something else or cannot be written, or a factor holds NaN or infinity.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -81,15 +81,16 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str) -> None:
     # PEFT keeps the modules as a set, whose order differs between processes.
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, sort_keys=True, indent=2, default=list) + "\n"
-    (beside / CONFIG).write_text(text, encoding="utf-8")
     tensors = {}
     for module, factors in adapter.factors.items():
         for letter, factor in zip("AB", factors, strict=True):
             name = f"lora_embedding_{letter}" if module.endswith(_EMBEDDING) else f"lora_{letter}.weight"
             tensors[f"{_LEAD}{module}.{name}"] = factor.detach().cpu().float().contiguous()
-    save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
+            if not bool(tensors[f"{_LEAD}{module}.{name}"].isfinite().all()):
+                raise UserError(f"{folder}: the adapter's factors of {module} hold NaN or infinity; not written")
+    with artifacts.replaced_folder(folder, CONFIG) as beside:
+        (beside / CONFIG).write_text(text, encoding="utf-8")
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
 
 
 def is_adapter(folder: Path) -> bool:

@@ -25,7 +25,6 @@ class Captured:
         attn_coefficients: [layer, attn_neuron] a, the head outputs before o_proj: a sum over all positions.
         attn_coefficients_last: [layer, attn_neuron] only the last position's weight on itself times its own value.
         final: [d_model] h_L, the last layer's output before the final norm.
-        logits: [vocab] at the last position.
     """
 
     layer_input: Tensor
@@ -35,7 +34,6 @@ class Captured:
     attn_coefficients: Tensor
     attn_coefficients_last: Tensor
     final: Tensor
-    logits: Tensor
 
 
 @torch.no_grad()
@@ -47,7 +45,7 @@ def capture(model: Any, context: list[int]) -> Captured:
         context: token ids, the first of them BOS where the model was trained with one.
     """
     sizes = geometry(model.config)
-    kept: dict[str, list[Tensor]] = {n: [] for n in ("input", "attn", "ffn", "c", "a", "weight", "value")}
+    kept: dict[str, list[Tensor]] = {n: [] for n in ("input", "attn", "ffn", "c", "a", "weight", "value", "final")}
 
     def keep_input(name: str) -> Any:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -77,15 +75,14 @@ def capture(model: Any, context: list[int]) -> Captured:
                 layer.mlp.down_proj.register_forward_pre_hook(keep_input("c")),
             ]
         handles.append(model.model.norm.register_forward_pre_hook(keep_input("final")))
-        kept["final"] = []
         with eager(model):
             ids = torch.tensor([context], device=model.get_input_embeddings().weight.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            model.model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
 
-    home = logits.device
+    home = kept["final"][0].device
     stacked = {name: torch.stack([t.to(home) for t in found]) for name, found in kept.items()}
     return Captured(
         layer_input=stacked["input"],
@@ -95,7 +92,6 @@ def capture(model: Any, context: list[int]) -> Captured:
         attn_coefficients=stacked["a"],
         attn_coefficients_last=_own_value(stacked["weight"], stacked["value"], sizes),
         final=stacked["final"][0],
-        logits=logits,
     )
 
 

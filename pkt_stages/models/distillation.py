@@ -9,35 +9,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
-from pkt_stages.models.training import collate, padded
-
-Objective = Literal["kd", "gkd"]
-# Share of the batches whose answers the target writes itself (trl's lmbda): gold answers, or its own.
-OWN_ANSWERS: dict[str, float] = {"kd": 0.0, "gkd": 1.0}
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What is compared, and where.
-
-    Attributes:
-        objective: a key of `OWN_ANSWERS`.
-        beta: 0 .. 1: 0 is KL(source || target), 1 is KL(target || source).
-        temperature: of the target's own answers.
-        max_new_tokens: of each.
-    """
-
-    objective: Objective
-    beta: float
-    temperature: float
-    max_new_tokens: int
+from pkt_stages.models.batches import padded, padding_mask
+from pkt_stages.models.train_set import collate, rows
 
 
 def check_vocabularies(source: Any, target: Any) -> int:
@@ -72,13 +51,13 @@ def cut_vocabularies(source: Any, target: Any, num_tokens: int) -> None:
             models[name].resize_token_embeddings(min(rows.values()), mean_resizing=False).requires_grad_(False)
 
 
-def check_lengths(examples: Sequence[Encoded], settings: Distillation, max_length: int) -> None:
+def check_lengths(examples: Sequence[Encoded], max_new_tokens: int, max_length: int) -> None:
     """Raise UserError if a prompt leaves no room for an answer of `max_new_tokens`."""
     longest = max(prompt_length(e.labels) for e in examples)
-    if settings.objective == "gkd" and longest + settings.max_new_tokens > max_length:
+    if longest + max_new_tokens > max_length:
         raise UserError(
-            f"the longest prompt has {longest} tokens, with max_new_tokens {settings.max_new_tokens} more than the"
-            f" {max_length} that the target takes; lower max_new_tokens"
+            f"the longest prompt has {longest} tokens, with max_new_tokens {max_new_tokens} more than the {max_length}"
+            " that the target takes; lower max_new_tokens"
         )
 
 
@@ -93,7 +72,7 @@ def collate_with_prompts(examples: Sequence[Mapping[str, list[int]]], pad: int) 
     return {
         **collate(examples),
         "prompts": padded(prompts, pad, left=True),
-        "prompt_attention_mask": padded([[1] * len(row) for row in prompts], 0, left=True),
+        "prompt_attention_mask": padding_mask(prompts, left=True),
     }
 
 
@@ -102,8 +81,12 @@ def gkd_trainer(
     source: Any,
     tokenizer: Any,
     examples: Sequence[Encoded],
-    settings: Distillation,
     arguments: dict[str, Any],
+    *,
+    own_answers: bool,
+    beta: float,
+    temperature: float,
+    max_new_tokens: int,
 ) -> Any:
     """trl's trainer for these settings.
 
@@ -114,6 +97,9 @@ def gkd_trainer(
     Args:
         model: the target with its adapter (PEFT).
         arguments: values for TrainingArguments.
+        own_answers: the target writes the answers itself, instead of the examples' gold ones.
+        beta: 0 .. 1: 0 is KL(source || target), 1 is KL(target || source).
+        temperature, max_new_tokens: of the target's own answers.
     """
     from datasets import Dataset
 
@@ -126,10 +112,10 @@ def gkd_trainer(
         tokenizer.pad_token = tokenizer.eos_token
     config = GKDConfig(
         **arguments,
-        lmbda=OWN_ANSWERS[settings.objective],
-        beta=settings.beta,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
+        lmbda=float(own_answers),  # share of the batches
+        beta=beta,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
         disable_dropout=False,
         max_length=None,
     )
@@ -137,12 +123,12 @@ def gkd_trainer(
         model=model,
         teacher_model=source,
         args=config,
-        data_collator=lambda rows: collate_with_prompts(rows, tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list([{"ids": e.ids, "labels": e.labels} for e in examples]),
+        data_collator=lambda batch: collate_with_prompts(batch, tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list(rows(examples)),
         processing_class=tokenizer,
     )
     # The target's own distribution, whatever its generation config asks for.
     trainer.generation_config.repetition_penalty = 1.0
-    if settings.objective == "gkd":
+    if own_answers:
         trainer.model_accepts_loss_kwargs = False
     return trainer

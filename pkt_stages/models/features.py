@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkt_stages.models.batches import padded, padding_mask
 from pkt_stages.models.losses import home
 from pkt_stages.models.sites import SITES, geometry, projection_name
 
@@ -32,9 +33,7 @@ def features(model: Any, texts: Sequence[list[int]], *, tokens: str, micro_batch
 
 @torch.no_grad()
 def _pass(model: Any, texts: Sequence[list[int]], tokens: str) -> dict[str, list[Tensor]]:
-    longest = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=home(model))
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=home(model))
+    ids, mask = padded(texts, 0).to(home(model)), padding_mask(texts).to(home(model))
     with _outputs(model, mask.bool(), tokens) as kept:
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return kept

@@ -1,4 +1,4 @@
-"""Adding a sparse delta to a model, differentiably through hooks; merging a delta or an adapter into the weights.
+"""Adding a sparse delta to a model through hooks, differentiably.
 
 A delta is, per site, a `SparseDelta`: the rows to add at the target's neurons of some layers. Under grouped-query
 attention several attention neurons share one v_proj row; what is meant for a shared row is summed, as the neurons'
@@ -10,21 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.models.adapters import Adapter
-from pkt_stages.models.sites import SITES, Geometry, as_rows, feature_of, geometry, projection_name, weight_name
+from pkt_stages.models.sites import SITES, Geometry, feature_of, geometry, projection_name
 
 if TYPE_CHECKING:
     from torch.nn import Module
-
-ROUNDING_WARN, ROUNDING_REFUSE = 0.01, 0.50
 
 
 @dataclass(frozen=True)
@@ -72,26 +67,6 @@ class SparseDelta:
 Delta = Mapping[str, SparseDelta]
 
 
-def delta_tensors(delta: Delta) -> dict[str, Tensor]:
-    """The tensors of a `delta` artifact, none of which share memory."""
-    return {
-        f"{site}.{name}": tensor.clone()
-        for site, part in delta.items()
-        for name, tensor in (("layers", part.layers), ("neurons", part.neurons), ("rows", part.rows))
-    }
-
-
-def load_delta(path: Path) -> dict[str, SparseDelta]:
-    """Read a `delta` artifact.
-
-    Raises:
-        UserError: as `artifacts.load`.
-    """
-    tensors = artifacts.load(path, "delta").tensors()
-    sites = sorted({name.partition(".")[0] for name in tensors})
-    return {site: SparseDelta(*(tensors[f"{site}.{name}"] for name in ("layers", "neurons", "rows"))) for site in sites}
-
-
 @contextmanager
 def injected(model: Module, delta: Delta) -> Iterator[None]:
     """Within the context the model computes with W + delta; gradients flow to the rows, never to W.
@@ -133,130 +108,3 @@ def _input_hook(index: Tensor, rows: Tensor) -> Any:
         return (output.float() + taken @ rows.to(output.device)).to(output.dtype)
 
     return hook
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging did, over all touched weights.
-
-    Attributes:
-        rounding_loss: ||round(W + D) - W - D|| / ||D||, the relative norm lost to the model's dtype.
-        changed_weights: number of weight entries whose stored value changed.
-        changed: names of the changed weight tensors.
-    """
-
-    rounding_loss: float
-    changed_weights: int
-    changed: tuple[str, ...]
-
-
-@torch.no_grad()
-def merge(model: Module, delta: Delta | Adapter, *, allow_rounding_loss: bool = False) -> MergeReport:
-    """Add a delta or an adapter to the model's weights in place, in float32, rounding once to the model's dtype.
-
-    Raises:
-        UserError: the delta does not fit the model; no weight would change; or more than half of the delta's norm
-            would be lost to rounding and `allow_rounding_loss` is not set. Then nothing is changed.
-    """
-    plan = _plan(model, delta)
-    report = _report(plan, model, allow_rounding_loss)
-    for change in plan:
-        change.write(change.after)
-    return report
-
-
-@contextmanager
-def merged(model: Module, delta: Delta | Adapter, *, allow_rounding_loss: bool = False) -> Iterator[MergeReport]:
-    """Within the context the delta is merged into the weights; on leaving they are bitwise what they were.
-
-    Raises:
-        UserError: as `merge`.
-    """
-    with torch.no_grad():
-        plan = _plan(model, delta)
-    report = _report(plan, model, allow_rounding_loss)
-    try:
-        for change in plan:
-            change.write(change.after)
-        yield report
-    finally:
-        for change in plan:
-            change.write(change.before)
-
-
-@dataclass(frozen=True)
-class _Change:
-    """New values of some rows of one weight; `rows` is a view of the weight as [weight row, width]."""
-
-    name: str
-    rows: Tensor
-    index: Tensor | slice
-    before: Tensor
-    after: Tensor
-    exact: Tensor
-
-    def write(self, values: Tensor) -> None:
-        with torch.no_grad():
-            self.rows[self.index] = values
-
-
-def _plan(model: Module, delta: Delta | Adapter) -> list[_Change]:
-    if isinstance(delta, Adapter):
-        return [_adapter_change(model, delta, module) for module in delta.factors]
-    sizes = geometry(model.config)
-    plan = []
-    for site, part in delta.items():
-        part.check(site, sizes)
-        for pair, layer in enumerate(part.layers.tolist()):
-            name = weight_name(layer, site)
-            rows = as_rows(model.get_parameter(name).detach(), site)
-            plan.append(_change(name, rows, *part.per_weight_row(pair, site, sizes)))
-    return plan
-
-
-def _adapter_change(model: Module, adapter: Adapter, module: str) -> _Change:
-    """The change of one whole weight.
-
-    Raises:
-        UserError: the model has no such weight, or one of another shape.
-    """
-    name = f"{module}.weight"
-    try:
-        weight = model.get_parameter(name).detach()
-    except AttributeError:
-        raise UserError(f"adapter: the model has no weight {name}; it belongs to another target") from None
-    exact = adapter.delta(module)
-    if exact.shape != weight.shape:
-        raise UserError(f"adapter: {name} is {list(weight.shape)} in the model, {list(exact.shape)} in the adapter")
-    return _change(name, weight, slice(None), exact)
-
-
-def _change(name: str, rows: Tensor, index: Tensor | slice, exact: Tensor) -> _Change:
-    """Rounds once, to the weight's dtype."""
-    index, exact = index if isinstance(index, slice) else index.to(rows.device), exact.to(rows.device)
-    before = rows[index].clone()
-    return _Change(name, rows, index, before, (before.float() + exact).to(rows.dtype), exact)
-
-
-def _report(plan: list[_Change], model: Module, allow_rounding_loss: bool) -> MergeReport:
-    lost = total = 0.0
-    num_changed = {}
-    for change in plan:
-        # In float64, because the difference of two float32 weights would hide what float32 itself rounds away.
-        exact = change.exact.double()
-        lost += float((change.after.double() - change.before.double() - exact).square().sum())
-        total += float(exact.square().sum())
-        num_changed[change.name] = int((change.after != change.before).sum())
-    if not total < float("inf"):
-        raise UserError("the delta holds NaN or infinity; nothing was injected")
-    loss = (lost / total) ** 0.5 if total else 0.0
-    dtype = str(model.dtype).removeprefix("torch.")
-    if not loss <= ROUNDING_REFUSE and not allow_rounding_loss:
-        raise UserError(
-            f"rounding to {dtype} would lose {loss:.0%} of the delta's norm (limit {ROUNDING_REFUSE:.0%});"
-            " choose a wider dtype (--dtype float32), or pass --allow-rounding-loss"
-        )
-    if not any(num_changed.values()):
-        why = f"all of it was lost to rounding to {dtype}" if total else "it is zero"
-        raise UserError(f"injecting the delta would change no weight: {why}")
-    return MergeReport(loss, sum(num_changed.values()), tuple(sorted(n for n, count in num_changed.items() if count)))

@@ -43,8 +43,8 @@ class ModelRef:
         return Path(self.location).is_dir()
 
 
-def resolve(model: str, revision: str | None = None) -> ModelRef:
-    """Follow `hub.yaml` in a folder ({repo, revision}), else take the name as it is.
+def resolve(model: str) -> ModelRef:
+    """Follow `hub.yaml` in a folder ({repo, revision}), else take a folder, or a hub name: `owner/name@revision`.
 
     A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
 
@@ -60,7 +60,7 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
             _check_sizes(pointer, named.sizes)
         template = folder / CHAT_TEMPLATE
         text = template.read_text(encoding="utf-8") if template.is_file() else None
-        return ModelRef(named.repo, revision or named.revision, text, tuple(sorted(named.sizes.items())))
+        return ModelRef(named.repo, named.revision, text, tuple(sorted(named.sizes.items())))
     if folder.is_dir():
         if (folder / ADAPTER).is_file():
             raise UserError(
@@ -72,9 +72,10 @@ def resolve(model: str, revision: str | None = None) -> ModelRef:
         if (folder / INDEX).is_file():
             _check_index(folder / INDEX)
         return ModelRef(model)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name")
-    return ModelRef(model, revision)
+    name, at, revision = model.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or (at and not revision):
+        raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name or owner/name@revision")
+    return ModelRef(name, revision or None)
 
 
 def _check_sizes(pointer: Path, sizes: Mapping[str, int]) -> None:

@@ -1,26 +1,24 @@
 """LoRA on a target, and what it starts from (METHODS sections 5 and 6): one function per initialisation.
 
-Each leaves the model's output as it was. `pissa` and `seeking` therefore subtract their first (alpha / r) B A from the
-base weights; what they learned is the difference of two adapters (`Adapter.minus`).
+Each leaves the model's output as it was, which `started` checks. `pissa` and `seeking` therefore subtract their first
+(alpha / r) B A from the base weights; what they learned is the difference of two adapters (`Adapter.minus`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkt_stages.artifacts import Artifact
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
-from pkt_stages.models.sites import SITES, module_name, projection_name
+from pkt_stages.models.recipe import Init
+from pkt_stages.models.sites import SITES, projection_name
 
-Init = Literal["random", "pissa", "seeking"]
 _NAME = "default"  # PEFT's name of the only adapter
 _LEAD = "base_model.model."
 # A relative error of the logits above this means more than rounding.
@@ -49,30 +47,70 @@ def site_modules(num_layers: int) -> tuple[str, ...]:
     return tuple(projection_name(layer, site) for layer in range(num_layers) for site in SITES)
 
 
-def random(model: Any, lora: Lora, blocks: Mapping[str, Tensor]) -> Any:
+@dataclass(frozen=True)
+class Start:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: with its adapter (PEFT).
+        alpha: the adapter's.
+        subtracted: the adapter whose update was taken from the base weights, if any.
+        error: largest change of the logits by that, as a share of the largest of them.
+    """
+
+    model: Any
+    alpha: float
+    subtracted: Adapter | None
+    error: float
+
+
+def started(
+    model: Any, lora: Lora, init: Init, submatrices: Mapping[str, Tensor], examples: Sequence[Encoded]
+) -> Start:
+    """Put an adapter into the model, and check on the first examples' logits that nothing changed by that.
+
+    In 16 bits the reduced base of `pissa` and `seeking` is rounded; the finished adapter is for the unrounded one.
+
+    Args:
+        submatrices: for `seeking`, the source's values by module.
+
+    Raises:
+        UserError: the adapter does not fit the model, or its logits changed by more than rounding.
+    """
+    check_sizes(model, lora)
+    check_submatrices(model, submatrices)
+    before = logits_of(model, examples[:4])
+    dtype = str(model.dtype).removeprefix("torch.")
+    model = INITIALISATIONS[init](model, lora, submatrices)
+    error = unchanged_error(before, logits_of(model, examples[:4]), dtype)
+    subtracted = adapter_of(model, lora.alpha) if init in SUBTRACTED else None
+    return Start(model, lora.alpha, subtracted, error)
+
+
+def random(model: Any, lora: Lora, submatrices: Mapping[str, Tensor]) -> Any:
     """A Gaussian of standard deviation 1 / r, B zero (Hu et al. 2021); draws from torch's global generator."""
     return _attach(model, lora, "gaussian")
 
 
-def pissa(model: Any, lora: Lora, blocks: Mapping[str, Tensor]) -> Any:
+def pissa(model: Any, lora: Lora, submatrices: Mapping[str, Tensor]) -> Any:
     """The principal singular vectors of each of the target's own weights (Meng et al. 2024)."""
     return _attach(model, lora, "pissa")
 
 
-def seeking(model: Any, lora: Lora, blocks: Mapping[str, Tensor]) -> Any:
+def seeking(model: Any, lora: Lora, submatrices: Mapping[str, Tensor]) -> Any:
     """The principal singular vectors of the source's sub-matrices (Zhong et al. 2023; appendix B.2).
 
     Args:
-        blocks: by module, the source's values in the shape of the target's weight.
+        submatrices: by module, the source's values in the shape of the target's weight.
     """
     from pkt_stages.core.delta import low_rank_factors
 
     peft_model = _attach(model, lora, "gaussian")
     for name, module in _lora_modules(peft_model).items():
-        block = blocks[name].float()
+        values = submatrices[name].float()
         base = module.get_base_layer().weight
         embedding = _NAME in module.lora_embedding_A
-        a, b = (f.to(base.device) for f in low_rank_factors(block.mT if embedding else block, lora.rank))
+        a, b = (f.to(base.device) for f in low_rank_factors(values.mT if embedding else values, lora.rank))
         for held, factor in zip(_factors(module), (a, b), strict=True):
             held.data.copy_(factor)
         product = (lora.alpha / lora.rank) * (b @ a)
@@ -81,7 +119,7 @@ def seeking(model: Any, lora: Lora, blocks: Mapping[str, Tensor]) -> Any:
     return peft_model
 
 
-INITIALISATIONS: dict[str, Callable[[Any, Lora, Mapping[str, Tensor]], Any]] = {
+INITIALISATIONS: dict[Init, Callable[[Any, Lora, Mapping[str, Tensor]], Any]] = {
     "random": random,
     "pissa": pissa,
     "seeking": seeking,
@@ -144,31 +182,12 @@ def unchanged_error(before: Sequence[Tensor], after: Sequence[Tensor], dtype: st
     return error
 
 
-def read_blocks(submatrices: Artifact, target: Mapping[str, Any], model: str) -> dict[str, Tensor]:
-    """The sub-matrices of a `submatrices` artifact by the module of the target that they belong to.
-
-    Raises:
-        UserError: they were made for another target.
-    """
-    made_for = submatrices.meta.get("target", {}).get("model", {})
-    if any(made_for.get(key) != target[key] for key in ("name", "revision")):
-        raise UserError(
-            f"{submatrices.path}: made for the target {made_for.get('name')} at {made_for.get('revision')},"
-            f" found {model} at {target['revision']}; run `pkt seek` for this target"
-        )
-    blocks = {}
-    for name in submatrices.shapes:
-        if (match := re.fullmatch(r"(\w+)\.block\.(\d+)", name)) is not None:
-            blocks[module_name(match[1], int(match[2]))] = submatrices[name]
-    return blocks
-
-
-def check_blocks(model: Any, blocks: Mapping[str, Tensor]) -> None:
+def check_submatrices(model: Any, submatrices: Mapping[str, Tensor]) -> None:
     """Raise UserError unless every sub-matrix has the shape of its module's weight."""
-    for name, block in blocks.items():
+    for name, values in submatrices.items():
         expected = list(model.get_submodule(name).weight.shape)
-        if list(block.shape) != expected:
-            raise UserError(f"{name}: expected a sub-matrix of shape {expected}, found {list(block.shape)}")
+        if list(values.shape) != expected:
+            raise UserError(f"{name}: expected a sub-matrix of shape {expected}, found {list(values.shape)}")
 
 
 def _attach(model: Any, lora: Lora, init: str) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkt_stages.core.hypernetwork import token_mean_loss
+from pkt_stages.core.losses import token_mean_loss
 from pkt_stages.encoding import Encoded
+from pkt_stages.models.batches import padded
 
 
 def home(model: Any) -> torch.device:
@@ -28,10 +29,8 @@ def example_losses(model: Any, examples: Sequence[Encoded]) -> Tensor:
 
     Examples are padded on the right, where a causal model's useful positions cannot see it.
     """
-    longest = max(len(e.ids) for e in examples)
-    padding = [longest - len(e.ids) for e in examples]
-    ids = torch.tensor([e.ids + [0] * p for e, p in zip(examples, padding, strict=True)], device=home(model))
-    labels = torch.tensor([e.labels + [-100] * p for e, p in zip(examples, padding, strict=True)])
-    mask = torch.tensor([[1] * (longest - p) + [0] * p for p in padding], device=home(model))
+    ids = padded([e.ids for e in examples], 0).to(home(model))
+    mask = padded([[1] * len(e.ids) for e in examples], 0).to(home(model))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return token_mean_loss(logits, labels.to(logits.device)).to(home(model))
+    labels = padded([e.labels for e in examples], -100).to(logits.device)
+    return token_mean_loss(logits, labels).to(home(model))

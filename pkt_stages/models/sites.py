@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SITES = ("ffn_up", "ffn_down", "attn_v", "attn_o")
-MODULE_OF_SITE = {"ffn_up": "ffn", "ffn_down": "ffn", "attn_v": "attn", "attn_o": "attn"}
+SUBLAYER_OF_SITE = {"ffn_up": "ffn", "ffn_down": "ffn", "attn_v": "attn", "attn_o": "attn"}
 
 _PROJECTION = {
     "ffn_up": "mlp.up_proj",
@@ -77,7 +77,7 @@ class Geometry:
         return self.num_heads * self.d_head
 
     def num_neurons(self, site: str) -> int:
-        return self.d_ff if MODULE_OF_SITE[site] == "ffn" else self.num_attn_neurons
+        return self.d_ff if SUBLAYER_OF_SITE[site] == "ffn" else self.num_attn_neurons
 
     def weight_shape(self, weight: str) -> tuple[int, int]:
         """Shape [out, in] of a site's or another weight as the checkpoint stores it."""

@@ -1,235 +1,197 @@
 """What is the target with the source's knowledge in it? (METHODS section 4, end)
 
-The chosen mapping + the rows of each transfer example -> one sparse `delta` per example, with the hash of the merged
-weights; on request a complete model folder. Whole models are no artifact: base + delta give them back.
+The chosen mapping + the rows of each transfer example -> one sparse change per example, with the hash of the merged
+weights. Whole models are no artifact: `pkt export` writes one from base and change.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pkt_stages import artifacts
+from pkt_stages import artifacts, methods
 from pkt_stages.errors import UserError
-from pkt_stages.options import Stopwatch, option, with_params
+from pkt_stages.options import Device, DType, Stopwatch, Target, option, with_params
+from pkt_stages.params import build
 
 if TYPE_CHECKING:
     from pkt_stages.artifacts import Artifact
     from pkt_stages.models.inject import SparseDelta
-    from pkt_stages.models.load import ModelRef
-    from pkt_stages.models.transfer import Transfer
+    from pkt_stages.models.selection import Selection
 
 
 @dataclass(frozen=True)
 class InjectParams:
     """Settings of the injection."""
 
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
-        "auto", "Dtype of the merged weights; auto: the checkpoint's. The sum is taken in float32."
-    )
-    code_version: int = option(1, "Raised by the developers when the result's meaning changes.")
+    dtype: DType = option("auto", "Dtype of the merged weights; auto: the checkpoint's. The sum is taken in float32.")
 
 
-def run(transfer: Transfer, mapping: Artifact, example: int, device: str) -> dict[str, SparseDelta]:
+@dataclass(frozen=True)
+class Trained:
+    """What `pkt align` made.
+
+    Attributes:
+        mappings: by step, the chosen or the given one, or all.
+        meta: of chosen.json: the models, the method, the settings in force.
+        by: the method's code with the settings that it was trained with.
+    """
+
+    mappings: Mapping[int, Artifact]
+    meta: Mapping[str, Any]
+    by: methods.Method
+
+
+def run(selection: Selection, trained: Trained, step: int, example: int, device: str) -> dict[str, SparseDelta]:
     """The delta of one example: its source rows through the mapping, at its target neurons."""
     import torch
 
-    from pkt_stages.core.hypernetwork import forward
-
+    by, seed = trained.by, trained.meta["params"]["seed"]
+    sizes = {f"d_{side}": selection.width(side) for side in ("source", "target")}
+    network = by.code.mapping(by.settings, generator=torch.Generator().manual_seed(seed), **sizes).to(device)
+    network.load_state_dict(trained.mappings[step].tensors())
     with torch.no_grad():
-        weights = {name: weight.to(device) for name, weight in mapping.tensors().items()}
-        rows = forward(weights, transfer.source_rows(example, device))
-    return transfer.delta(example, {site: part.cpu() for site, part in rows.items()})
+        rows = by.code.source_rows(selection, example, by.settings, seed=seed)
+        mapped = network({site: part.to(device) for site, part in rows.items()})
+    placed: dict[str, SparseDelta] = by.code.place(selection, example, {s: part.cpu() for s, part in mapped.items()})
+    return placed
 
 
 @with_params("inject", InjectParams)
 def inject(
     params: InjectParams,
-    target: Annotated[str, typer.Option(help="The target's model folder or hub name.")],
-    selection: Annotated[Path, typer.Option(help="Layer pairs and neurons, from `pkt select`.")],
-    rows: Annotated[Path, typer.Option(help="The source's rows, from `pkt select`.")],
-    hypernetwork: Annotated[Path, typer.Option(help="Folder of mappings, from `pkt align`.")],
-    metrics_in: Annotated[Path, typer.Option(help="The metrics of `pkt align`, which name the chosen step.")],
-    out: Annotated[Path, typer.Option(help="Folder for delta_0.safetensors, ..., one per transfer example.")],
+    target: Target,
+    selection: Annotated[Path, typer.Option(help="Folder of `pkt select`.")],
+    mapping: Annotated[Path, typer.Option(help="Folder of `pkt align`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the changes, one per transfer example.")],
     example: Annotated[
         str | None, typer.Option(help="Only this transfer example, by id or by number from 0 (default: all).")
     ] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Another step than the chosen one.")] = None,
     every_step: Annotated[
-        bool, typer.Option("--every-step", help="Deltas of every step, in folders step_01, step_02, ... of --out.")
+        bool, typer.Option("--every-step", help="The changes of every step, labelled step_01/<example>, ...")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Where to write rounding losses and hashes (JSON).")] = None,
-    model_out: Annotated[
-        Path | None, typer.Option(help="Folder for the complete merged model; needs one example.")
-    ] = None,
     allow_rounding_loss: Annotated[
         bool, typer.Option("--allow-rounding-loss", help="Go on if rounding loses over half of the delta's norm.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="The target's hub revision (commit hash).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", envvar="PKT_DEVICE")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
-    """Map each transfer example's source rows and add them to the target: a sparse delta, or a whole model."""
-    from pkt_stages.core.hypernetwork import value_range
+    """Map each transfer example's source rows to the target's width: what LaTen adds to the target."""
+    from pkt_stages.core.losses import value_range
     from pkt_stages.models import load
-    from pkt_stages.models.inject import ROUNDING_WARN, delta_tensors, merged
-    from pkt_stages.models.transfer import check_target, open_transfer
+    from pkt_stages.models.changes import write_changes
+    from pkt_stages.models.merge import ROUNDING_WARN, merged
+    from pkt_stages.models.selection import check_target, open_selection
     from pkt_stages.progress import track
+    from pkt_stages.scratch import checkpoint_name
 
     watch = Stopwatch()
     load.check_device(device)
-    if every_step and (step is not None or model_out is not None):
-        raise UserError("--every-step goes with neither --step nor --model-out; leave one out")
-    mappings = open_mappings(hypernetwork, metrics_in, step, every_step=every_step)
-    first = next(iter(mappings.values()))
-    trained = first.meta["params"]
-    transfer = open_transfer(selection, rows, rate=trained["rate"], given=trained["given"], seed=trained["seed"])
-    check_models(transfer, first, selection)
-    ref = load.resolve(target, revision)
-    check_target(transfer, load.identity(ref), target)
-    chosen = chosen_examples(transfer, example, selection)
-    if model_out is not None and len(chosen) > 1:
-        raise UserError(f"--model-out writes one model, {selection} has {len(chosen)} transfer examples; add --example")
-    if model_out is not None and model_out.exists():
-        raise UserError(f"{model_out}: exists already; give a new folder for the model")
+    if every_step and step is not None:
+        raise UserError("--every-step and --step contradict each other; leave one out")
+    trained = open_trained(mapping, step, every_step=every_step)
+    settings = trained.meta["params"]
+    chosen = open_selection(selection, rate=settings["rate"], variant=settings["variant"])
+    check_models(chosen, trained, mapping)
+    ref = load.resolve(target)
+    check_target(chosen, load.identity(ref), target)
+    examples = chosen_examples(chosen, example, selection)
     model = load.load_model(ref, dtype=params.dtype, device=device)
     base_hash = load.weights_hash(model.state_dict())
-    models = {side: transfer.meta[side] for side in ("source", "target")}
-    settings = {"params": {"align": trained, "inject": asdict(params)}}
-    made = {}
-    pairs = [(number, place) for number in mappings for place in chosen]
+    made: dict[str, dict[str, SparseDelta]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    pairs = [(number, place) for number in trained.mappings for place in examples]
     for number, place in track(pairs, "deltas"):
-        id, index = chosen[place]
-        delta = run(transfer, mappings[number], index, "cuda" if device == "auto" else device)
+        id, index = examples[place]
+        label = f"{Path(checkpoint_name(number)).stem}/{id}" if every_step else id
+        delta = run(chosen, trained, number, index, "cuda" if device == "auto" else device)
         with merged(model, delta, allow_rounding_loss=allow_rounding_loss) as result:
-            facts: dict[str, Any] = {
-                "example": {"id": id, "set": "transfer"},
+            facts[label] = {
+                "example": id,
                 "step": number,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "rounding_loss": result.rounding_loss,
                 "changed_weights": result.changed_weights,
                 "weights_hash": load.weights_hash(model.state_dict()),
+                "range": {site: value_range(part.rows) for site, part in delta.items()},
             }
-            assert facts["weights_hash"] != base_hash, "merging changed no weight"
-            if model_out is not None:
-                save_model(model, ref, model_out, facts["weights_hash"])
+            assert facts[label]["weights_hash"] != base_hash, "merging changed no weight"
         if result.rounding_loss > ROUNDING_WARN:
             typer.echo(f"warning: {id}: rounding loses {result.rounding_loss:.1%} of the delta's norm", err=True)
-        made[number, place] = (delta, facts)
-    for (number, place), (delta, facts) in made.items():
-        folder = out / step_name(number) if every_step else out
-        artifacts.save(folder / delta_name(place), "delta", delta_tensors(delta), {**facts, **models, **settings})
-        if example is None:
-            remove_older(folder, len(chosen))
-    if report is not None:
-        entries = [
-            facts | {"delta": {site: value_range(part.rows) for site, part in delta.items()}}
-            for delta, facts in made.values()
-        ]
-        artifacts.write_json(report, {"base_weights_hash": base_hash, "examples": entries, **models, **settings})
-    worst = max(facts["rounding_loss"] for _, facts in made.values())
-    weights = max(facts["changed_weights"] for _, facts in made.values())
+        made[label] = delta
+    meta = {side: trained.meta[side]["model"] for side in ("source", "target")}
+    meta |= {"command": "inject", "method": trained.meta["method"], "params": settings | {"inject": asdict(params)}}
+    write_changes(out, made, meta | {"base_weights_hash": base_hash}, facts)
+    worst = max(found["rounding_loss"] for found in facts.values())
+    weights = max(found["changed_weights"] for found in facts.values())
     watch.summary(
         "inject",
-        f"{len(made)} deltas at step {', '.join(map(str, mappings))}, up to {weights:,} weights changed,"
+        f"{len(made)} deltas at step {', '.join(map(str, trained.mappings))}, up to {weights:,} weights changed,"
         f" rounding loss up to {worst:.2%}",
         out,
     )
 
 
-def delta_name(place: int) -> str:
-    """File name of the delta of a transfer example, numbered from 0 in the selection's order."""
-    return f"delta_{place}.safetensors"
-
-
-def step_name(number: int) -> str:
-    """Name of a step's mapping or deltas, without suffix."""
-    return f"step_{number:02d}"
-
-
-def remove_older(out: Path, count: int) -> None:
-    """Remove deltas of an earlier run that had more examples than this one's `count`."""
-    current = {delta_name(place) for place in range(count)}
-    for path in out.glob("delta_*.safetensors"):
-        if path.name not in current:
-            path.unlink()
-
-
-def open_mappings(folder: Path, metrics: Path, step: int | None, *, every_step: bool) -> dict[int, Artifact]:
-    """The mapping of the chosen (or the given) step, or those of all, by step.
+def open_trained(folder: Path, step: int | None, *, every_step: bool) -> Trained:
+    """The mapping of the chosen (or the given) step, or those of all, with the code that they are of.
 
     Raises:
-        UserError: files that are missing, malformed, or of different runs of `pkt align`.
+        UserError: files that are missing, malformed, or of different runs of `pkt align`; code that is gone.
     """
     from pkt_stages.models.load import weights_hash
+    from pkt_stages.scratch import CHOSEN, checkpoint_name
 
+    path = folder / CHOSEN
     try:
-        found = json.loads(metrics.read_text(encoding="utf-8"))
-        hashes = {int(entry["step"]): entry["weights_hash"] for entry in found["steps"]}
-        wanted = int(found["chosen_step"]) if step is None else step
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        hashes = {int(number): str(value) for number, value in meta["weights_hash"].items()}
+        wanted = int(meta["chosen_step"]) if step is None else step
+        settings, name = dict(meta["params"]), str(meta["params"]["code"])
     except FileNotFoundError:
-        raise UserError(f"{metrics}: no such file; expected the metrics of `pkt align`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{metrics}: not the metrics of `pkt align` ({reason})") from None
+        raise UserError(f"{path}: no such file; expected a folder of `pkt align`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not written by `pkt align` ({type(error).__name__}: {error})") from None
     if wanted not in hashes:
-        raise UserError(f"step {wanted} is not one of the {len(hashes)} steps of {metrics}")
+        raise UserError(f"step {wanted} is not one of the {len(hashes)} steps in {folder}")
+    code = methods.load(name, "mapping")
+    own = {field.name: settings[field.name] for field in fields(code.Params) if field.name in settings}
     mappings = {}
     for number in sorted(hashes) if every_step else [wanted]:
-        path = folder / f"{step_name(number)}.safetensors"
-        mappings[number] = artifacts.load(path, "hypernetwork")
+        mappings[number] = artifacts.load(folder / checkpoint_name(number), artifacts.MAPPING)
         if weights_hash(mappings[number].tensors()) != hashes[number]:
-            raise UserError(f"{path}: not of the same run of `pkt align` as {metrics}")
-    return mappings
+            raise UserError(f"{mappings[number].path}: not of the same run of `pkt align` as {path}")
+    return Trained(mappings, meta, methods.Method(name, code, build(code.Params, own, f"{path}: params")))
 
 
-def check_models(transfer: Transfer, mapping: Artifact, selection: Path) -> None:
+def check_models(selection: Selection, trained: Trained, folder: Path) -> None:
     """Raise UserError unless the mapping was trained between the selection's source and target."""
     for side in ("source", "target"):
-        if mapping.meta[side] != transfer.meta[side]:
+        if trained.meta.get(side) != selection.meta[side]:
             raise UserError(
-                f"{mapping.path}: trained for the {side} {mapping.meta[side]['model']['name']}, {selection} is for"
-                f" {transfer.meta[side]['model']['name']}; run `pkt align` again"
+                f"{folder}: trained for another {side} than the selection's,"
+                f" {selection.meta[side]['model']['name']}; run `pkt align` again"
             )
 
 
-def chosen_examples(transfer: Transfer, wanted: str | None, selection: Path) -> dict[int, tuple[str, int]]:
+def chosen_examples(selection: Selection, wanted: str | None, folder: Path) -> dict[int, tuple[str, int]]:
     """Transfer examples by number: their id, and their index in the selection; all, or the wanted one.
 
     Raises:
         UserError: the selection has none, or not the wanted one.
     """
-    known = dict(enumerate(transfer.examples("transfer").items()))
+    known = dict(enumerate(selection.examples("transfer").items()))
     if not known:
-        raise UserError(f"{selection}: names no transfer example; attribute transfer.jsonl, too")
+        raise UserError(f"{folder}: names no transfer example; attribute transfer.jsonl, too (--transfer)")
     if wanted is None:
         return known
     chosen = {n: entry for n, entry in known.items() if wanted == entry[0]}
     chosen = chosen or {n: entry for n, entry in known.items() if wanted == str(n)}
     if not chosen:
         names = ", ".join(f"{n}: {id}" for n, (id, _) in known.items())
-        raise UserError(f"{selection}: has no transfer example {wanted!r}; found {names}")
+        raise UserError(f"{folder}: has no transfer example {wanted!r}; found {names}")
     return chosen
-
-
-def save_model(model: Any, ref: ModelRef, out: Path, expected_hash: str) -> None:
-    """Write a Hugging Face folder (safetensors, config, tokenizer), read it back, and only then give it its name."""
-    from pkt_stages.models.load import ModelRef, load_model, load_tokenizer, weights_hash
-
-    beside = out.with_name(f".{out.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        model.save_pretrained(beside)
-        load_tokenizer(ref).save_pretrained(beside)
-        # Published code saves an unchanged base without noticing.
-        saved = load_model(ModelRef(str(beside)), device=str(model.device))
-        assert weights_hash(saved.state_dict()) == expected_hash, "the saved weights are not the merged ones"
-        beside.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: the model cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

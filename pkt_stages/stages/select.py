@@ -1,13 +1,14 @@
 """Which layers and neurons of the source go where in the target? (paper 4.2; METHODS section 3)
 
-Two attributions -> `selection`: layer pairs and neuron indices in score order; and, with the source's checkpoint,
-`source_rows`: the rows at the selected neurons, and at as many random ones for a control. From there on no source
-model is needed.
+Two attributions -> `selection`: layer pairs and neuron indices in score order, for the settings themselves and each
+variant of them; and, with the source's checkpoint, `source_rows`: the rows at the selected neurons, and at as many
+random ones for a control. From there on no source model is needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,8 +17,8 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.artifacts import Artifact
 from pkt_stages.errors import UserError
-from pkt_stages.options import Stopwatch, option, with_params
-from pkt_stages.progress import track
+from pkt_stages.options import Source, Stopwatch, option, with_params
+from pkt_stages.params import build
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SelectParams:
-    """Settings of the selection."""
+class Rule:
+    """How to choose."""
 
-    max_rate: float = option(0.1, "Share of the target's neurons to select, 0..1; align may use any rate up to it.")
     layer_rule: Literal["neuron_sum", "block_gain"] = option(
         "neuron_sum", "Layer score: sum of its neurons' scores (paper) or gain of the block (authors' code)."
     )
@@ -41,16 +41,43 @@ class SelectParams:
     scores_of: Literal["example", "extract_mean"] = option(
         "example", "Select per example (paper), or once from the mean over the extract set."
     )
+
+
+@dataclass(frozen=True)
+class SelectParams(Rule):
+    """Settings of the selection."""
+
+    max_rate: float = option(0.2, "Share of the target's neurons to select; align takes any up to it.", gt=0, le=1)
     seed: int = option(0, "Seed of the random neurons that a control uses.")
-    code_version: int = option(1, "Raised by the developers when the selection's meaning changes.")
+    variants: dict[str, dict[str, str]] | None = option(
+        None, "Further selections by name, each with what it changes of layer_rule, norm, coefficient, scores_of."
+    )
+
+    def rules(self) -> dict[str, Rule]:
+        """The settings' own rule as `default`, and the variants.
+
+        Raises:
+            ValueError: a variant that is called `default`, or not like a name.
+        """
+        own = {field.name: getattr(self, field.name) for field in fields(Rule)}
+        for name in self.variants or {}:
+            if name == "default" or not name.isidentifier():
+                raise ValueError(f"variants: {name!r} is no name for a variant; choose another")
+        changed = {
+            name: build(Rule, own | change, f"variants.{name}") for name, change in (self.variants or {}).items()
+        }
+        return {"default": build(Rule, own, "select"), **changed}
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_rate <= 1:
-            raise ValueError(f"max_rate must be above 0 and at most 1, found {self.max_rate}")
+        self.rules()
 
 
-def run(source: Artifact, target: Artifact, params: SelectParams) -> dict[str, Tensor]:
-    """The tensors of a `selection` artifact from the attributions of both models on the same examples."""
+def run(source: Artifact, target: Artifact, rule: Rule, max_rate: float) -> dict[str, Tensor]:
+    """Layer pairs and neurons from the attributions of both models on the same examples, see `artifacts.SELECTION`.
+
+    Raises:
+        UserError: the rate selects no neuron, or more than a model has; no extract examples for their mean.
+    """
     import torch
 
     from pkt_stages.core.selection import num_selected, pair_layers, top_neurons
@@ -58,55 +85,64 @@ def run(source: Artifact, target: Artifact, params: SelectParams) -> dict[str, T
     sizes = {"ffn": target.meta["geometry"]["d_ff"], "attn": target.meta["geometry"]["d_model"]}
     extract = torch.tensor([example["set"] == "extract" for example in source.meta["examples"]])
     tensors = {}
-    for module, size in sizes.items():
-        suffix = f".{params.coefficient}" if module == "attn" else ""
+    for sublayer, size in sizes.items():
+        suffix = f".{rule.coefficient}" if sublayer == "attn" else ""
         layers, scores = {}, {}
         for side, artifact in (("source", source), ("target", target)):
-            found = artifact[f"{module}_scores.{params.norm}{suffix}"]
-            gain = artifact[f"{module}_gain.{params.norm}"]
-            if params.scores_of == "extract_mean":
+            found = artifact[f"{sublayer}_scores.{rule.norm}{suffix}"]
+            gain = artifact[f"{sublayer}_gain.{rule.norm}"]
+            if rule.scores_of == "extract_mean":
                 if not bool(extract.any()):
-                    raise UserError(f"{artifact.path}: scores_of extract_mean needs examples from extract.jsonl")
+                    raise UserError(f"{artifact.path}: scores_of extract_mean needs extract examples (--extract)")
                 found = found[extract].double().mean(0, keepdim=True).float().expand_as(found)
                 gain = gain[extract].double().mean(0, keepdim=True).float().expand_as(gain)
             scores[side] = found
-            layers[side] = found.double().sum(-1).float() if params.layer_rule == "neuron_sum" else gain
-        count = num_selected(params.max_rate, size)
+            layers[side] = found.double().sum(-1).float() if rule.layer_rule == "neuron_sum" else gain
+        count = num_selected(max_rate, size)
         if count < 1:
-            raise UserError(f"max_rate {params.max_rate} of {size} {module} neurons selects none; raise it")
+            raise UserError(f"max_rate {max_rate} of {size} {sublayer} neurons selects none; raise it")
         pairs = pair_layers(layers["source"], layers["target"])
-        tensors[f"{module}_layers"] = pairs
+        tensors[f"{sublayer}_layers"] = pairs
         for index, side in enumerate(("source", "target")):
             try:
-                tensors[f"{module}_{side}_neurons"] = top_neurons(scores[side], pairs[..., index], count)
+                tensors[f"{sublayer}_{side}_neurons"] = top_neurons(scores[side], pairs[..., index], count)
             except ValueError as error:
-                raise UserError(
-                    f"{module} at max_rate {params.max_rate}, the {side}: {error}; lower max_rate"
-                ) from None
-        _, num_layers, num_neurons = source.shapes[f"{module}_scores.{params.norm}{suffix}"]
-        generator = torch.Generator().manual_seed(params.seed)
-        drawn = [torch.randperm(num_neurons, generator=generator)[:count] for _ in range(num_layers)]
-        tensors[f"{module}_random_neurons"] = torch.stack(drawn)
+                raise UserError(f"{sublayer} at max_rate {max_rate}, the {side}: {error}; lower max_rate") from None
     return tensors
 
 
-def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: dict[str, Tensor]) -> dict[str, Tensor]:
+def random_neurons(sizes: Geometry, counts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """So many random neurons of every source layer, [source_layer, rank] by sublayer."""
+    import torch
+
+    found = {}
+    for sublayer, size in (("ffn", sizes.d_ff), ("attn", sizes.num_attn_neurons)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randperm(size, generator=generator)[: counts[sublayer]] for _ in range(sizes.num_layers)]
+        found[f"{sublayer}_random_neurons"] = torch.stack(drawn)
+    return found
+
+
+def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
     import torch
 
-    from pkt_stages.models.sites import MODULE_OF_SITE, SITES
+    from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE
+    from pkt_stages.progress import track
 
     tensors = {}
     for layer in track(range(sizes.num_layers), "reading rows"):
-        for module in ("ffn", "attn"):
-            here = selection[f"{module}_layers"][..., 0] == layer
-            if not bool(here.any()):
+        for sublayer in ("ffn", "attn"):
+            wanted = []
+            for variant in sorted({name.partition(".")[0] for name in selection if "." in name}):
+                here = selection[f"{variant}.{sublayer}_layers"][..., 0] == layer
+                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][here].flatten())
+            if not any(map(len, wanted)):
                 continue
-            selected = selection[f"{module}_source_neurons"][here].flatten()
-            neurons = torch.cat([selected, selection[f"{module}_random_neurons"][layer]]).unique()
-            tensors[f"neurons.{module}.{layer}"] = neurons
+            neurons = torch.cat([*wanted, selection[f"{sublayer}_random_neurons"][layer]]).unique()
+            tensors[f"neurons.{sublayer}.{layer}"] = neurons
             for site in SITES:
-                if MODULE_OF_SITE[site] == module:
+                if SUBLAYER_OF_SITE[site] == sublayer:
                     tensors[f"{site}.{layer}"] = checkpoint.neuron_rows(sizes, layer, site, neurons)
     return tensors
 
@@ -114,54 +150,55 @@ def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: dict[str, T
 @with_params("select", SelectParams)
 def select(
     params: SelectParams,
+    source: Source,
     source_scores: Annotated[Path, typer.Option(help="The source's attribution.")],
     target_scores: Annotated[Path, typer.Option(help="The target's attribution, on the same examples.")],
-    source: Annotated[str, typer.Option(help="The source's model folder or hub name, to read the rows from.")],
-    out: Annotated[Path, typer.Option(help="Where to write layer pairs and neuron indices (.safetensors).")],
-    rows_out: Annotated[Path, typer.Option(help="Where to write the source's rows (.safetensors).")],
-    method: Annotated[str | None, typer.Option(help="Entry of `methods` in the params to use.")] = None,
-    revision: Annotated[str | None, typer.Option(help="The source's hub revision.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for layer pairs and neurons, and the source's rows at them.")],
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
     from pkt_stages.models.load import identity, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
+    from pkt_stages.models.selection import INDICES, ROWS
     from pkt_stages.models.sites import geometry
 
     watch = Stopwatch()
     paths = {"source": source_scores, "target": target_scores}
-    found = {side: artifacts.load(path, "attribution") for side, path in paths.items()}
-    _check_same_examples(found["source"], found["target"])
-    ref = resolve(source, revision)
-    model = identity(ref)
-    if model != found["source"].meta["model"]:
+    found = {side: artifacts.load(path, artifacts.ATTRIBUTION) for side, path in paths.items()}
+    if found["source"].meta["examples"] != found["target"].meta["examples"]:
         raise UserError(
-            f"{source}: not the model that {source_scores} was made from"
-            f" (expected {_named(found['source'].meta['model'])}, found {_named(model)}); run `pkt attribute` again"
+            f"{source_scores} and {target_scores}: attributed on different examples; run `pkt attribute` on the same"
+            " files"
+        )
+    ref = resolve(source)
+    model, expected = identity(ref), found["source"].meta["model"]
+    if model != expected:
+        raise UserError(
+            f"{source}: not the model that {source_scores} was made from (expected {expected['name']} at"
+            f" {expected['revision']}, found {model['name']} at {model['revision']}); run `pkt attribute` again"
         )
     sizes = geometry(load_config(ref))
     _warn_if_narrower(found["source"].meta["geometry"], found["target"].meta["geometry"])
-    tensors = run(found["source"], found["target"], params)
+    tensors: dict[str, Tensor] = {}
+    for name, rule in params.rules().items():
+        chosen = run(found["source"], found["target"], rule, params.max_rate)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in chosen.items()}
+    counts = {s: tensors[f"default.{s}_source_neurons"].shape[2] for s in ("ffn", "attn")}
+    tensors |= random_neurons(sizes, counts, params.seed)
     rows = extract_rows(Checkpoint(ref), sizes, tensors)
-    meta = {
+    meta: dict[str, Any] = {
         side: {"model": artifact.meta["model"], "geometry": artifact.meta["geometry"]}
         for side, artifact in found.items()
     }
     meta |= {"examples": found["source"].meta["examples"], "params": asdict(params)}
-    artifacts.save(rows_out, "source_rows", rows, meta)
-    artifacts.save(out, "selection", tensors, meta)
-    count = {m: tensors[f"{m}_source_neurons"].shape for m in ("ffn", "attn")}
-    what = f"{count['ffn'][1]} layer pairs, {count['ffn'][2]} FFN and {count['attn'][2]} attention neurons each"
-    watch.summary("select", f"{what}, {count['ffn'][0]} examples", out)
+    with artifacts.replaced_folder(out, INDICES) as folder:
+        artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
+        artifacts.save(folder / INDICES, artifacts.SELECTION, tensors, meta)
+    pairs = tensors["default.ffn_layers"].shape
+    what = f"{pairs[1]} layer pairs, {counts['ffn']} FFN and {counts['attn']} attention neurons each"
+    watch.summary("select", f"{what}, {pairs[0]} examples", out)
 
 
-def _check_same_examples(source: Artifact, target: Artifact) -> None:
-    if source.meta["examples"] != target.meta["examples"]:
-        raise UserError(
-            f"{source.path} and {target.path}: attributed on different examples; run `pkt attribute` on the same files"
-        )
-
-
-def _warn_if_narrower(source: dict[str, Any], target: dict[str, Any]) -> None:
+def _warn_if_narrower(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     narrower = [k for k in ("d_model", "d_ff", "num_layers") if source[k] < target[k]]
     if narrower:
         sizes = ", ".join(f"{k} {source[k]} < {target[k]}" for k in narrower)
@@ -170,7 +207,3 @@ def _warn_if_narrower(source: dict[str, Any], target: dict[str, Any]) -> None:
             " sub-matrix from it; swap the two if that was not meant",
             err=True,
         )
-
-
-def _named(model: dict[str, Any]) -> str:
-    return f"{model['name']} at {model['revision']}"

@@ -112,23 +112,23 @@ def test_parity_with_the_published_code(golden: Path, fixture: str, side: str) -
     found, _ = run(model, located, params)
     truth = float64_scores(model, located, norm)
     for example, name in enumerate(names):
-        for module, suffix in (("ffn", norm), ("attn", f"{norm}.last_position")):
-            scores = found[f"{module}_scores.{suffix}"][example].double()
-            reference = recorded[f"{side}.{name}.{module}_raw"]
-            exact = truth[module][example]
+        for sublayer, suffix in (("ffn", norm), ("attn", f"{norm}.last_position")):
+            scores = found[f"{sublayer}_scores.{suffix}"][example].double()
+            reference = recorded[f"{side}.{name}.{sublayer}_raw"]
+            exact = truth[sublayer][example]
             assert (scores - exact).abs().max() < 1e-6
             # The reference's own distance from float64 (up to 7e-6 nats) is not ours to reproduce.
             slack = (reference - exact).abs().max()
             assert (scores - reference).abs().max() < max(5e-6, slack + 1e-6)
-            if module == "ffn":
+            if sublayer == "ffn":
                 allowed = max(1e-4 * exact.norm(), 1.1 * (reference - exact).norm())
                 assert (scores - reference).norm() < allowed
-            gain = found[f"{module}_gain.{norm}"][example].double()
-            recorded_gain = recorded[f"{side}.{name}.layer_{module}"].double()
+            gain = found[f"{sublayer}_gain.{norm}"][example].double()
+            recorded_gain = recorded[f"{side}.{name}.layer_{sublayer}"].double()
             assert torch.allclose(gain, recorded_gain, rtol=1e-4, atol=6e-6)
             layers = gain.topk(4).indices.sort().values
-            assert layers.tolist() == recorded[f"{side}.{name}.{module}_layers"].tolist()
-            check_top(scores, reference, layers, recorded[f"{side}.{name}.{module}_topk"])
+            assert layers.tolist() == recorded[f"{side}.{name}.{sublayer}_layers"].tolist()
+            check_top(scores, reference, layers, recorded[f"{side}.{name}.{sublayer}_topk"])
 
 
 def check_top(scores: torch.Tensor, reference: torch.Tensor, layers: torch.Tensor, recorded: torch.Tensor) -> None:
@@ -151,7 +151,7 @@ def float64_scores(model: torch.nn.Module, located: list[Located], norm: str) ->
         divisor = core.lens_divisor(kept.final[None], eps, norm)
         rows: dict[str, list[torch.Tensor]] = {"ffn": [], "attn": []}
         for layer in range(sizes.num_layers):
-            for module, site, base, c in (
+            for sublayer, site, base, c in (
                 ("attn", "attn_o", kept.layer_input[layer], kept.attn_coefficients_last[layer]),
                 ("ffn", "ffn_down", kept.layer_input[layer] + kept.attn_output[layer], kept.ffn_coefficients[layer]),
             ):
@@ -163,49 +163,7 @@ def float64_scores(model: torch.nn.Module, located: list[Located], norm: str) ->
                     c[None, None].double(),
                     torch.tensor([item.predicted]),
                 )
-                rows[module].append(exact[0, 0])
-        for module in rows:
-            scores[module].append(torch.stack(rows[module]))
+                rows[sublayer].append(exact[0, 0])
+        for sublayer, found in rows.items():
+            scores[sublayer].append(torch.stack(found))
     return scores
-
-
-# --- what is captured -----------------------------------------------------------------------------------------------
-
-
-def test_contributions_sum_to_the_blocks_and_the_stream(target_folder: Path) -> None:
-    """Grouped-query attention: neurons times subvalues give A_l and F_l, and the stream adds up to the next layer."""
-    model = load_model(ModelRef(str(target_folder)))
-    kept = capture(model, [0, 50, 60, 70, 80])
-    for layer in range(3):
-        o = as_rows(model.get_parameter(weight_name(layer, "attn_o")), "attn_o")
-        down = as_rows(model.get_parameter(weight_name(layer, "ffn_down")), "ffn_down")
-        assert torch.allclose(kept.attn_coefficients[layer] @ o, kept.attn_output[layer], atol=1e-6)
-        assert torch.allclose(kept.ffn_coefficients[layer] @ down, kept.ffn_output[layer], atol=1e-6)
-        after = kept.layer_input[layer] + kept.attn_output[layer] + kept.ffn_output[layer]
-        following = kept.layer_input[layer + 1] if layer < 2 else kept.final
-        assert torch.allclose(after, following, atol=1e-5)
-
-
-def test_last_position_is_all_positions_for_a_single_token(target_folder: Path) -> None:
-    """With one token in the context attention can only look at itself: both coefficients are equal, under GQA too."""
-    model = load_model(ModelRef(str(target_folder)))
-    kept = capture(model, [77])
-    assert torch.allclose(kept.attn_coefficients, kept.attn_coefficients_last, atol=1e-6)
-    longer = capture(model, [0, 77, 78])
-    assert not torch.allclose(longer.attn_coefficients, longer.attn_coefficients_last, atol=1e-3)
-
-
-def test_capture_leaves_no_hook_and_the_attention_as_it_was(target_folder: Path) -> None:
-    model = load_model(ModelRef(str(target_folder)))
-    before = model.config._attn_implementation
-    capture(model, [0, 5])
-    assert model.config._attn_implementation == before != "eager"
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_lens_at_the_last_layer_is_the_models_own_distribution(target_folder: Path) -> None:
-    model = load_model(ModelRef(str(target_folder)))
-    kept = capture(model, [0, 9, 8, 7])
-    unembedding, eps = lens(model)
-    log_p = core.log_probabilities(unembedding, kept.final[None], core.lens_divisor(kept.final[None], eps, "rms"))
-    assert torch.allclose(log_p[0], kept.logits.log_softmax(-1), atol=1e-5)

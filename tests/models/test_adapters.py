@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import CONFIG, WEIGHTS, Adapter, load_adapter, save_adapter
-from pkt_stages.models.inject import merged
 from pkt_stages.models.load import load_model, resolve, weights_hash
+from pkt_stages.models.merge import merged
 
 IDS = torch.tensor([[0, 70, 80, 90, 100, 110, 120]])
 SHAPES = {

@@ -19,8 +19,10 @@ from pkt_stages.models.lora import (
     check_sizes,
     logits_of,
     site_modules,
+    started,
     unchanged_error,
 )
+from pkt_stages.models.recipe import Init
 from tests.conftest import make_model
 
 EXAMPLES = [Encoded(list(range(5, 45)), list(range(5, 45))), Encoded([0, 9, 8, 7], [-100, 9, 8, 7])]
@@ -30,7 +32,7 @@ def lora(rank: int = 4, alpha: float = 8.0, **given: Any) -> Lora:
     return Lora(**{"modules": site_modules(3), "rank": rank, "alpha": alpha, "dropout": 0.0, **given})
 
 
-def blocks(model: Any, modules: tuple[str, ...]) -> dict[str, Tensor]:
+def submatrices(model: Any, modules: tuple[str, ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {name: 0.1 * torch.randn(model.get_submodule(name).weight.shape, generator=generator) for name in modules}
 
@@ -49,14 +51,14 @@ def disturb(peft_model: Any) -> None:
 
 @pytest.mark.parametrize("init", sorted(INITIALISATIONS))
 def test_the_model_is_unchanged_and_its_training_fits_the_untouched_target(
-    init: str, target_folder: Path, tmp_path: Path
+    init: Init, target_folder: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
     model = loaded(target_folder)
     before = logits_of(model, EXAMPLES)
     torch.manual_seed(0)
-    peft_model = INITIALISATIONS[init](model, lora(), blocks(model, site_modules(3)))
+    peft_model = INITIALISATIONS[init](model, lora(), submatrices(model, site_modules(3)))
     assert unchanged_error(before, logits_of(peft_model, EXAMPLES), "float32") < 2e-5
     first = adapter_of(peft_model, 8.0)
     trainable = {name for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -120,14 +122,14 @@ def test_pissa_agrees_with_pefts_own_conversion(target_folder: Path, tmp_path: P
         assert torch.allclose(mine.delta(module), converted.delta(module), atol=1e-6)
 
 
-def test_seeking_reduces_the_base_by_the_blocks_best_approximation(target_folder: Path) -> None:
+def test_seeking_reduces_the_base_by_the_sub_matrixs_best_approximation(target_folder: Path) -> None:
     model = loaded(target_folder)
-    given = blocks(model, site_modules(3))
+    given = submatrices(model, site_modules(3))
     weights = {name: model.get_submodule(name).weight.detach().double() for name in given}
     peft_model = INITIALISATIONS["seeking"](model, lora(), given)
     found = adapter_of(peft_model, 8.0)
-    for name, block in given.items():
-        u, s, v = torch.linalg.svd(block.double(), full_matrices=False)
+    for name, values in given.items():
+        u, s, v = torch.linalg.svd(values.double(), full_matrices=False)
         product = (u[:, :4] * s[:4]) @ v[:4]
         a, b = found.factors[name]
         assert torch.allclose((b @ a).double(), product, atol=1e-5)
@@ -141,7 +143,7 @@ def test_seeking_moves_embedding_and_head_too(target_folder: Path, tmp_path: Pat
     model = loaded(target_folder)
     modules = ("model.embed_tokens", "lm_head", "model.layers.1.self_attn.q_proj")
     before = logits_of(model, EXAMPLES)
-    peft_model = INITIALISATIONS["seeking"](model, lora(modules=modules), blocks(model, modules))
+    peft_model = INITIALISATIONS["seeking"](model, lora(modules=modules), submatrices(model, modules))
     assert unchanged_error(before, logits_of(peft_model, EXAMPLES), "float32") < 2e-5
     first = adapter_of(peft_model, 8.0)
     disturb(peft_model)
@@ -177,6 +179,28 @@ def test_sizes_that_do_not_fit(sizes: Lora, message: str, target_folder: Path) -
     with pytest.raises(UserError) as caught:
         check_sizes(loaded(target_folder), sizes)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("init", sorted(INITIALISATIONS))
+def test_a_start_says_what_it_did(init: Init, target_folder: Path) -> None:
+    model = loaded(target_folder)
+    torch.manual_seed(0)
+    start = started(model, lora(), init, submatrices(model, site_modules(3)), EXAMPLES)
+    assert 0 <= start.error < 2e-5 and start.alpha == 8.0
+    assert (start.subtracted is None) == (init == "random")
+    if start.subtracted is not None:
+        first = adapter_of(start.model, 8.0)
+        assert all(torch.equal(start.subtracted.delta(name), first.delta(name)) for name in site_modules(3))
+
+
+def test_a_sub_matrix_of_another_shape(target_folder: Path) -> None:
+    model = loaded(target_folder)
+    given = submatrices(model, site_modules(3)) | {"model.layers.1.self_attn.v_proj": torch.ones(64, 32)}
+    with pytest.raises(UserError) as caught:
+        started(model, lora(), "seeking", given, EXAMPLES)
+    assert str(caught.value) == (
+        "model.layers.1.self_attn.v_proj: expected a sub-matrix of shape [32, 64], found [64, 32]"
+    )
 
 
 def test_tied_embeddings_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,17 +15,19 @@ from safetensors.torch import load_file
 from pkt_stages import artifacts
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
+from pkt_stages.methods import Method, laten
+from pkt_stages.models.alignment import Alignment, Data, choose
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.losses import example_losses
-from pkt_stages.models.transfer import open_transfer
-from pkt_stages.stages.align import Alignment, AlignParams, Data, choose
-from tests.stages.transfer_files import options, write_inputs, write_transfer
+from pkt_stages.models.selection import open_selection
+from pkt_stages.stages.align import AlignParams
+from tests.stages.selection_files import options, write_inputs, write_selection
 
 Run = Callable[..., tuple[int, str, str]]
 SITE_OF = {"up_proj": "ffn_up", "down_proj": "ffn_down", "v_proj": "attn_v", "o_proj": "attn_o"}
 SETTINGS = [
     *("--steps", "3", "--batch-size", "4", "--validation-size", "4", "--rate", "0.2", "--lr", "1e-2"),
-    *("--init-std", "0.02", "--penalty", "1"),
+    *("--set", "init_std=0.02", "--penalty", "1"),
 ]
 
 
@@ -64,15 +67,16 @@ def reference_run(golden: Path, tmp_path: Path, size: str, micro_batch_size: int
     selection = load_file(golden / "laten" / "D_selection.safetensors")
     selection = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in selection.items()}
     examples = [{"set": "extract", "id": f"e{i}"} for i in range(4)] + [{"set": "transfer", "id": "t0"}]
-    paths = write_transfer(tmp_path, models / "source", models / "target", selection, examples=examples, max_rate=0.1)
+    folder = write_selection(tmp_path, models / "source", models / "target", selection, examples=examples, max_rate=0.1)
     params = AlignParams(batch_size=4, validation_size=2, loss_reduction="sum", labels="reference_code", **settings)
     extract = {f"e{i}": e for i, e in enumerate(encoded(golden, "extract"))}
     aligned = {f"a{i}": e for i, e in enumerate(encoded(golden, "align"))}
     run = Alignment(
         load_model(resolve(str(models / "target"))),
-        open_transfer(paths["selection"], paths["rows"], rate=params.rate),
+        open_selection(folder, rate=params.rate),
         Data(extract, aligned, aligned),
         params,
+        Method("laten", laten, laten.Params()),
         micro_batch_size=micro_batch_size,
     )
     recorded = json.loads((golden / "laten" / "D_train_sched_big.json").read_text())
@@ -81,7 +85,7 @@ def reference_run(golden: Path, tmp_path: Path, size: str, micro_batch_size: int
     for name, site in SITE_OF.items():
         for place in (0, 2):
             weight = start[f"translator.{size}.network.{name}.{place}.weight"]
-            run.weights[f"{site}.{place}.weight"].data.copy_(weight)
+            run.network.get_parameter(f"{site}.{place}.weight").data.copy_(weight)
     return run
 
 
@@ -96,7 +100,7 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def values(run: Alignment) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in run.weights.items()}
+    return run.weights()
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
@@ -114,7 +118,7 @@ def test_four_steps_agree_with_the_published_code(golden: Path, tmp_path: Path, 
         assert record["lr"] == pytest.approx(recorded["steps"][index]["lr_used"], rel=1e-9)
         assert record["beta1"] == pytest.approx(recorded["steps"][index]["betas_used"][0], rel=1e-9)
         if index == 0:
-            gradients = {name: weight.grad for name, weight in run.weights.items()}
+            gradients = {name: weight.grad for name, weight in run.network.named_parameters()}
             assert largest_error(gradients, tensors, "grad.step0") < 1e-4
         if index in (0, 3):
             assert largest_error(values(run), tensors, f"weight.after{index}") < 1e-6
@@ -152,7 +156,10 @@ def test_a_run_trains_and_records(
     steps = found["steps"]
     assert [s["step"] for s in steps] == [1, 2, 3]
     assert [s["extract_id"] for s in steps] == ["toy_0", "toy_1", "toy_2"]
-    assert sorted(p.name for p in outputs["out"].iterdir()) == [f"step_0{i}.safetensors" for i in (1, 2, 3)]
+    assert sorted(p.name for p in outputs["out"].iterdir()) == [
+        "chosen.json",
+        *(f"step_0{i}.safetensors" for i in (1, 2, 3)),
+    ]
     held_out = set(found["validation_ids"])
     assert len(held_out) == 4
     assert all(len(s["align_ids"]) == 3 and not held_out & set(s["align_ids"]) for s in steps)
@@ -167,11 +174,16 @@ def test_a_run_trains_and_records(
         assert entry["loss"] == pytest.approx(entry["lm_loss"] + entry["penalty"])
         assert set(entry["delta"]) == set(SITE_OF.values())
         assert all(d["min"] < 0 < d["rms"] < d["max"] for d in entry["delta"].values())
-    mapping = artifacts.load(outputs["out"] / "step_02.safetensors", "hypernetwork")
+    mapping = artifacts.load(outputs["out"] / "step_02.safetensors", artifacts.MAPPING)
     assert mapping.shapes["ffn_up.0.weight"] == (96, 96)
     assert mapping.shapes["attn_o.2.weight"] == (64, 96)
     assert mapping.meta["step"] == 2
     assert mapping.meta["params"]["rate"] == 0.2
+    assert mapping.meta["params"]["code"] == "laten"
+    assert mapping.meta["params"]["init_std"] == 0.02
+    chosen = json.loads((outputs["out"] / "chosen.json").read_text())
+    assert chosen["chosen_step"] == found["chosen_step"]
+    assert chosen["weights_hash"] == {str(s["step"]): s["weights_hash"] for s in steps}
     assert not list(outputs["scratch"].iterdir())
     curve = (tmp_path / "curves" / "plots" / "metrics" / "validation_loss.tsv").read_text().splitlines()
     assert curve[0] == "step\tvalidation_loss"
@@ -182,11 +194,10 @@ def test_a_run_trains_and_records(
 def test_the_validation_is_the_held_out_answer_loss(
     pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path
 ) -> None:
-    from pkt_stages.core.hypernetwork import forward
     from pkt_stages.encoding import encode
     from pkt_stages.examples import read_examples
-    from pkt_stages.models.inject import merged
     from pkt_stages.models.load import load_tokenizer
+    from pkt_stages.models.merge import merged
 
     assert align(pkt, target_folder, inputs, outputs, settings=[*SETTINGS, "--labels", "all"])[0] == 0
     found = json.loads(outputs["metrics"].read_text())
@@ -203,10 +214,13 @@ def test_the_validation_is_the_held_out_answer_loss(
             return sum(float(example_losses(model, [e])[0]) for e in held_out) / len(held_out)
 
     assert found["validation_loss_without_delta"] == pytest.approx(loss(), rel=1e-5)
-    transfer = open_transfer(inputs["selection"], inputs["rows"], rate=0.2)
-    mapping = artifacts.load(outputs["out"] / "step_03.safetensors", "hypernetwork")
-    mapped = forward(mapping.tensors(), transfer.source_rows(4))
-    with merged(model, transfer.delta(4, mapped)):
+    selection, settings = open_selection(inputs["selection"], rate=0.2), laten.Params()
+    network = laten.mapping(settings, d_source=96, d_target=64, generator=torch.Generator())
+    mapping = artifacts.load(outputs["out"] / "step_03.safetensors", artifacts.MAPPING)
+    network.load_state_dict(mapping.tensors())
+    with torch.no_grad():
+        mapped = network(laten.source_rows(selection, 4, settings, seed=0))
+    with merged(model, laten.place(selection, 4, mapped)):
         recorded = found["steps"][2]["validation_loss_by_transfer_example"]["toy_11"]
         assert recorded == pytest.approx(loss(), rel=1e-5)
 
@@ -297,8 +311,8 @@ def test_fewer_steps_leave_no_older_checkpoint(
     assert align(pkt, target_folder, inputs, outputs)[0] == 0
     first = contents(outputs)["step_01.safetensors"]
     assert align(pkt, target_folder, inputs, outputs, settings=[*SETTINGS, "--steps", "1"])[0] == 0
-    assert set(contents(outputs)) == {"step_01.safetensors", "align.json"}
-    step = artifacts.load(outputs["out"] / "step_01.safetensors", "hypernetwork")
+    assert set(contents(outputs)) == {"step_01.safetensors", "chosen.json", "align.json"}
+    step = artifacts.load(outputs["out"] / "step_01.safetensors", artifacts.MAPPING)
     outputs["out"].joinpath("before.safetensors").write_bytes(first)
     before = load_file(outputs["out"] / "before.safetensors")
     assert all(torch.equal(before[name], step[name]) for name in before)
@@ -318,7 +332,7 @@ def test_the_first_of_equal_steps_is_chosen() -> None:
         (["--rate", "0.3"], "rate 0.3 is above the selection's max_rate 0.25; run `pkt select` with a higher one"),
         (["--rate", "0.01"], "rate 0.01 selects no ffn neuron of the target; raise it"),
         (["--rate", "0"], "options of `align`: rate must be above 0 and at most 1, found 0.0"),
-        (["--steps", "4"], "4 steps need as many extract examples, {selection} has 3"),
+        (["--steps", "4"], "4 steps need as many extract examples, the selection has 3"),
         (
             ["--batch-size", "10"],
             "12 align examples are too few for 4 held out (validation_size) and 9 in a step (batch_size - 1)",
@@ -346,12 +360,18 @@ def test_bad_settings(
     assert not any(path.exists() for path in outputs.values())
 
 
-def test_swapped_artifacts(pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path) -> None:
-    swapped = {"selection": inputs["rows"], "rows": inputs["selection"]}
-    status, _, err = align(pkt, target_folder, inputs, swapped, outputs)
+def test_swapped_artifacts(
+    pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path, tmp_path: Path
+) -> None:
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    names = ("selection.safetensors", "rows.safetensors")
+    for name, other in zip(names, reversed(names), strict=True):
+        shutil.copy(inputs["selection"] / name, swapped / other)
+    status, _, err = align(pkt, target_folder, inputs, {"selection": swapped}, outputs)
     assert status == 2
     assert err == (
-        f"pkt: error: {inputs['rows']}: expected a selection artifact (made by `pkt select`), found source_rows\n"
+        f"pkt: error: {swapped / names[0]}: expected a selection artifact (made by `pkt select`), found source_rows\n"
     )
 
 
@@ -363,10 +383,22 @@ def test_rows_of_another_selection(
     target_folder: Path,
     tmp_path: Path,
 ) -> None:
-    other = write_transfer(tmp_path / "other", source_folder, target_folder, max_rate=0.3)
-    status, _, err = align(pkt, target_folder, inputs, {"rows": other["rows"]}, outputs)
+    mixed = write_selection(tmp_path / "mixed", source_folder, target_folder, max_rate=0.3)
+    shutil.copy(inputs["selection"] / "selection.safetensors", mixed)
+    status, _, err = align(pkt, target_folder, inputs, {"selection": mixed}, outputs)
     assert status == 2
-    assert f"{other['rows']}: not of the same run of `pkt select` as {inputs['selection']} (params differs)" in err
+    rows, selection = mixed / "rows.safetensors", mixed / "selection.safetensors"
+    assert f"{rows}: not of the same run of `pkt select` as {selection} (params differs)" in err
+
+
+def test_another_variant_of_the_selection(
+    pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path
+) -> None:
+    status, _, err = align(pkt, target_folder, inputs, outputs, settings=[*SETTINGS, "--variant", "mean"])
+    assert status == 2
+    assert err == (
+        f"pkt: error: {inputs['selection']}: has no selection 'mean'; found default; add it to `select.variants`\n"
+    )
 
 
 def test_the_source_given_as_target(
@@ -383,8 +415,7 @@ def test_other_extract_examples(
     status, _, err = align(pkt, target_folder, inputs, {"extract": inputs["align"]}, outputs)
     assert status == 2
     assert err == (
-        f"pkt: error: {inputs['align']}: not the extract examples of {inputs['selection']} (12 here, 3 there;"
-        " toy_0 differs)\n"
+        f"pkt: error: {inputs['align']}: not the extract examples of the selection (12 here, 3 there; toy_0 differs)\n"
     )
 
 
@@ -395,7 +426,8 @@ def test_a_folder_with_other_files_is_not_replaced(
     (outputs["out"] / "thesis.tex").write_text("years of work")
     status, _, err = align(pkt, target_folder, inputs, outputs)
     assert status == 2
-    assert err == f"pkt: error: {outputs['out']}: holds thesis.tex, which is no checkpoint; give a new folder\n"
+    refused = "holds thesis.tex and no chosen.json, so it is not ours to replace; give a new folder"
+    assert err == f"pkt: error: {outputs['out']}: {refused}\n"
     assert (outputs["out"] / "thesis.tex").is_file()
 
 
@@ -410,7 +442,7 @@ def test_a_loss_of_nan_names_the_step_and_keeps_the_last_checkpoint(
 
     def poisoned(self: Alignment, index: int) -> dict[str, Any]:
         if index == 1:
-            self.weights["ffn_up.2.weight"].data[0, 0] = float("nan")
+            self.network.get_parameter("ffn_up.2.weight").data[0, 0] = float("nan")
         return plain_step(self, index)
 
     monkeypatch.setattr(Alignment, "step", poisoned)
@@ -421,7 +453,7 @@ def test_a_loss_of_nan_names_the_step_and_keeps_the_last_checkpoint(
         "pkt: error: step 2: loss nan or its gradient is not finite; lower lr, or use float32;"
         f" the last good checkpoint is {kept}\n"
     )
-    artifacts.load(kept, "hypernetwork")
+    artifacts.load(kept, artifacts.MAPPING)
     assert not outputs["out"].exists()
     assert not outputs["metrics"].exists()
 

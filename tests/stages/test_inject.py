@@ -1,48 +1,44 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pkt_stages import artifacts
-from pkt_stages.models.inject import injected, load_delta, merged
-from pkt_stages.models.load import load_model, load_tokenizer, resolve, weights_hash
-from tests.stages.transfer_files import options, write_inputs
+from pkt_stages.methods import laten
+from pkt_stages.models.changes import read_changes
+from pkt_stages.models.load import load_model, resolve, weights_hash
+from pkt_stages.models.merge import merged
+from pkt_stages.models.selection import open_selection
+from tests.stages.selection_files import options, write_inputs
 
 Run = Callable[..., tuple[int, str, str]]
-IDS = torch.tensor([[0, 70, 80, 90, 100, 110, 120]])
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, target_folder: Path) -> dict[str, Path]:
     """What `pkt inject` takes, with weights large enough to move the target."""
-    from pkt_stages.core.hypernetwork import init_weights
-    from pkt_stages.models.sites import SITES
-    from pkt_stages.models.transfer import open_transfer
-
     folder = tmp_path_factory.mktemp("aligned")
-    paths = write_inputs(folder, source_folder, target_folder)
-    paths = {name: paths[name] for name in ("selection", "rows")}
-    meta = open_transfer(paths["selection"], paths["rows"], rate=0.2).meta
-    steps = []
+    selection = write_inputs(folder, source_folder, target_folder)["selection"]
+    of = open_selection(selection, rate=0.2).meta
+    params = {"rate": 0.2, "variant": "default", "seed": 0, "code": "laten", "given": "selected", "d_hidden": 8}
+    meta = {"source": of["source"], "target": of["target"], "method": "laten", "params": params}
+    hashes = {}
     for step, std in ((1, 0.02), (2, 0.05), (3, 1e-4)):
+        settings = laten.Params(init_std=std, d_hidden=8)
         generator = torch.Generator().manual_seed(step)
-        weights = init_weights(SITES, d_source=96, d_hidden=8, d_target=64, std=std, generator=generator)
-        models = {side: meta[side] for side in ("source", "target")}
-        path = folder / "mappings" / f"step_{step:02d}.safetensors"
-        artifacts.save(
-            path,
-            "hypernetwork",
-            weights,
-            {**models, "params": {"rate": 0.2, "given": "selected", "seed": 0}, "step": step},
-        )
-        steps.append({"step": step, "weights_hash": weights_hash(weights)})
-    artifacts.write_json(folder / "align.json", {"chosen_step": 2, "steps": steps})
-    return {**paths, "hypernetwork": folder / "mappings", "metrics_in": folder / "align.json"}
+        weights = laten.mapping(settings, d_source=96, d_target=64, generator=generator).state_dict()
+        path = folder / "mapping" / f"step_{step:02d}.safetensors"
+        artifacts.save(path, artifacts.MAPPING, weights, {**meta, "step": step})
+        hashes[step] = weights_hash(weights)
+    artifacts.write_json(folder / "mapping" / "chosen.json", {"chosen_step": 2, "weights_hash": hashes, **meta})
+    return {"selection": selection, "mapping": folder / "mapping"}
 
 
 def inject(
@@ -54,28 +50,35 @@ def inject(
 def test_one_delta_per_transfer_example_at_the_chosen_step(
     pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path
 ) -> None:
-    status, printed, err = inject(pkt, target_folder, aligned, tmp_path / "d", "--report", tmp_path / "r.json")
+    status, printed, err = inject(pkt, target_folder, aligned, tmp_path / "d")
     assert status == 0, err
     assert printed.startswith("inject: 2 deltas at step 2, up to ")
-    selection = artifacts.load(aligned["selection"], "selection")
-    rows = artifacts.load(aligned["rows"], "source_rows")
-    weights = load_file(aligned["hypernetwork"] / "step_02.safetensors")
-    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["delta_0.safetensors", "delta_1.safetensors"]
-    for place, example in ((0, 3), (1, 4)):
-        delta = load_delta(tmp_path / "d" / f"delta_{place}.safetensors")
+    selection = artifacts.load(aligned["selection"] / "selection.safetensors", artifacts.SELECTION)
+    rows = artifacts.load(aligned["selection"] / "rows.safetensors", artifacts.SOURCE_ROWS)
+    weights = load_file(aligned["mapping"] / "step_02.safetensors")
+    changes = read_changes(tmp_path / "d")
+    assert list(changes.items) == ["toy_10", "toy_11"]
+    assert (changes.meta["command"], changes.meta["method"]) == ("inject", "laten")
+    assert changes.meta["params"]["rate"] == 0.2
+    assert changes.meta["target"]["name"] == "target" and changes.meta["source"]["name"] == "source"
+    hashes = {changes.meta["base_weights_hash"]}
+    for id, example in (("toy_10", 3), ("toy_11", 4)):
+        stored = changes.items[id]
+        delta: Any = stored.load()
         # floor(0.2 * 96) FFN and floor(0.2 * 64) attention neurons: the first of the selection's.
-        for site, module, k in (("ffn_down", "ffn", 19), ("attn_v", "attn", 12)):
-            assert torch.equal(delta[site].neurons, selection[f"{module}_target_neurons"][example, :, :k])
+        for site, sublayer, k in (("ffn_down", "ffn", 19), ("attn_v", "attn", 12)):
+            expected = selection[f"default.{sublayer}_target_neurons"][example, :, :k]
+            assert torch.equal(delta[site].neurons, expected)
             assert torch.equal(delta[site].layers, torch.arange(3))
-            layer = int(selection[f"{module}_layers"][example, 1, 0])
-            neuron = int(selection[f"{module}_source_neurons"][example, 1, 2])
-            row = rows[f"{site}.{layer}"][rows[f"neurons.{module}.{layer}"].tolist().index(neuron)]
+            layer = int(selection[f"default.{sublayer}_layers"][example, 1, 0])
+            neuron = int(selection[f"default.{sublayer}_source_neurons"][example, 1, 2])
+            row = rows[f"{site}.{layer}"][rows[f"neurons.{sublayer}.{layer}"].tolist().index(neuron)]
             mapped = weights[f"{site}.2.weight"] @ torch.relu(weights[f"{site}.0.weight"] @ row)
             assert torch.allclose(delta[site].rows[1, 2], mapped, rtol=1e-4, atol=1e-7)
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [e["example"]["id"] for e in report["examples"]] == ["toy_10", "toy_11"]
-    assert all(e["step"] == 2 and 0 < e["rounding_loss"] < 0.01 for e in report["examples"])
-    assert len({report["base_weights_hash"], *(e["weights_hash"] for e in report["examples"])}) == 3
+        assert stored.facts["step"] == 2 and 0 < stored.facts["rounding_loss"] < 0.01
+        assert set(stored.facts["range"]) == set(delta)
+        hashes.add(stored.facts["weights_hash"])
+    assert len(hashes) == 3
 
 
 def test_every_step(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
@@ -83,67 +86,41 @@ def test_every_step(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp
     assert status == 0, err
     assert printed.startswith("inject: 6 deltas at step 1, 2, 3, up to ")
     assert inject(pkt, target_folder, aligned, tmp_path / "one", "--step", "3")[0] == 0
-    names = sorted(str(p.relative_to(tmp_path / "all")) for p in (tmp_path / "all").rglob("*.safetensors"))
-    assert names == [f"step_0{step}/delta_{place}.safetensors" for step in (1, 2, 3) for place in (0, 1)]
-    for place in (0, 1):
-        one, every = (tmp_path / "one", tmp_path / "all" / "step_03")
-        name = f"delta_{place}.safetensors"
-        assert (one / name).read_bytes() == (every / name).read_bytes()
+    every, one = read_changes(tmp_path / "all"), read_changes(tmp_path / "one")
+    assert list(every.items) == [f"step_0{step}/{id}" for step in (1, 2, 3) for id in ("toy_10", "toy_11")]
+    for id in ("toy_10", "toy_11"):
+        alone, among = (load_file(stored.path) for stored in (one.items[id], every.items[f"step_03/{id}"]))
+        assert alone.keys() == among.keys() and all(torch.equal(alone[name], among[name]) for name in alone)
 
 
 def test_a_delta_gives_the_recorded_weights_and_comes_out_again(
     pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path
 ) -> None:
-    assert inject(pkt, target_folder, aligned, tmp_path)[0] == 0
+    assert inject(pkt, target_folder, aligned, tmp_path / "d")[0] == 0
     model = load_model(resolve(str(target_folder)))
     base = weights_hash(model.state_dict())
     hashes = []
-    for place in (0, 1):
-        path = tmp_path / f"delta_{place}.safetensors"
-        with merged(model, load_delta(path)) as report:
+    for stored in read_changes(tmp_path / "d").items.values():
+        with merged(model, stored.load()) as report:
             hashes.append(weights_hash(model.state_dict()))
-        meta = artifacts.load(path, "delta").meta
-        assert meta["weights_hash"] == hashes[-1] != base
-        assert meta["changed_weights"] == report.changed_weights
+        assert stored.facts["weights_hash"] == hashes[-1] != base
+        assert stored.facts["changed_weights"] == report.changed_weights
         assert weights_hash(model.state_dict()) == base
     assert hashes[0] != hashes[1]
 
 
-def test_a_whole_model_on_request(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path / "model"
-    status, _, err = inject(pkt, target_folder, aligned, tmp_path, "--example", "toy_11", "--model-out", folder)
-    assert status == 0, err
-    assert not (tmp_path / "delta_0.safetensors").exists()
-    before, after = (load_file(path / "model.safetensors") for path in (target_folder, folder))
-    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
-    assert len(changed) == 12  # four sites of three layers
-    saved = AutoModelForCausalLM.from_pretrained(folder)
-    base = load_model(resolve(str(target_folder)))
-    with torch.no_grad(), injected(base, load_delta(tmp_path / "delta_1.safetensors")):
-        assert float((saved(input_ids=IDS).logits - base(input_ids=IDS).logits).abs().max()) < 1e-5
-    tokenizers = [load_tokenizer(resolve(str(path))) for path in (target_folder, folder)]
-    assert tokenizers[0].encode("What comes after 1?") == tokenizers[1].encode("What comes after 1?")
-    assert tokenizers[0].chat_template == tokenizers[1].chat_template
-    status, _, err = inject(pkt, target_folder, aligned, tmp_path, "--example", "1", "--model-out", folder)
-    assert status == 2
-    assert err.splitlines()[-1] == f"pkt: error: {folder}: exists already; give a new folder for the model"
+def test_one_example_alone(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
+    for wanted in ("toy_11", "1"):
+        assert inject(pkt, target_folder, aligned, tmp_path / wanted, "--example", wanted)[0] == 0
+        assert list(read_changes(tmp_path / wanted).items) == ["toy_11"]
 
 
 def test_runs_write_equal_bytes(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert inject(pkt, target_folder, aligned, tmp_path / name, "--report", tmp_path / f"{name}.json")[0] == 0
+        assert inject(pkt, target_folder, aligned, tmp_path / name)[0] == 0
     names = [p.name for p in (tmp_path / "a").iterdir()]
-    assert len(names) == 2
+    assert len(names) == 3
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-
-
-def test_older_deltas_do_not_stay(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "delta_2.safetensors").write_bytes(b"of a run with three examples")
-    assert inject(pkt, target_folder, aligned, tmp_path)[0] == 0
-    assert not (tmp_path / "delta_2.safetensors").exists()
 
 
 def test_rounding_warns_and_refuses(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
@@ -155,18 +132,17 @@ def test_rounding_warns_and_refuses(pkt: Run, aligned: dict[str, Path], target_f
     assert status == 2
     message = err[err.index("pkt: error") :]
     assert message.startswith("pkt: error: rounding to float16 would lose ")
-    assert message.endswith("of the delta's norm (limit 50%); choose a wider dtype (--dtype float32),"
-                            " or pass --allow-rounding-loss\n")  # fmt: skip
+    assert "of the delta's norm (limit 50%); choose a wider dtype (--dtype float32)" in message
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("--step", "1", "--every-step"), "--every-step goes with neither --step nor --model-out; leave one out"),
-        (("--step", "4"), "step 4 is not one of the 3 steps of {metrics_in}"),
+        (("--step", "1", "--every-step"), "--every-step and --step contradict each other; leave one out"),
+        (("--step", "4"), "step 4 is not one of the 3 steps in {mapping}"),
         (("--example", "toy_1"), "{selection}: has no transfer example 'toy_1'; found 0: toy_10, 1: toy_11"),
-        (("--model-out", "m"), "--model-out writes one model, {selection} has 2 transfer examples; add --example"),
         (
             ("--dtype", "int8"),
             "options of `inject`: dtype: expected one of auto, float32, float16, bfloat16, found 'int8'",
@@ -182,58 +158,62 @@ def test_bad_settings(
     assert not (tmp_path / "out").exists()
 
 
-def test_metrics_of_another_run(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
-    metrics = json.loads(aligned["metrics_in"].read_text())
-    metrics["steps"][1]["weights_hash"] = metrics["steps"][0]["weights_hash"]
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(metrics))
-    status, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", metrics_in=other)
-    mapping = aligned["hypernetwork"] / "step_02.safetensors"
+def changed(aligned: dict[str, Path], tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the folder of mappings with another chosen.json."""
+    folder = Path(shutil.copytree(aligned["mapping"], tmp_path / "changed"))
+    content = json.loads((folder / "chosen.json").read_text())
+    edit(content)
+    (folder / "chosen.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_steps_of_another_run(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
+    folder = changed(aligned, tmp_path, lambda c: c["weights_hash"].update({"2": c["weights_hash"]["1"]}))
+    status, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", mapping=folder)
     assert status == 2
-    assert err == f"pkt: error: {mapping}: not of the same run of `pkt align` as {other}\n"
+    of = folder / "chosen.json"
+    assert err == f"pkt: error: {folder / 'step_02.safetensors'}: not of the same run of `pkt align` as {of}\n"
+
+
+def test_code_that_is_gone(pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path) -> None:
+    folder = changed(aligned, tmp_path, lambda c: c["params"].update(code="mine"))
+    status, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", mapping=folder)
+    assert status == 2
+    assert err.startswith("pkt: error: code 'mine': no such file in pkt_stages/methods; found ")
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [
-        ("{", "JSONDecodeError: "),
-        ("[]", "TypeError: "),
-        ('{"steps": []}', "KeyError: 'chosen_step'"),
-    ],
+    [("{", "JSONDecodeError: "), ("[]", "TypeError: "), ('{"weights_hash": {}}', "KeyError: 'chosen_step'")],
 )
-def test_malformed_metrics(
+def test_a_malformed_choice(
     pkt: Run, aligned: dict[str, Path], target_folder: Path, tmp_path: Path, content: str, reason: str
 ) -> None:
-    bad = tmp_path / "bad.json"
-    bad.write_text(content)
-    status, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", metrics_in=bad)
+    bad = tmp_path / "mapping"
+    bad.mkdir()
+    (bad / "chosen.json").write_text(content)
+    status, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", mapping=bad)
     assert status == 2
-    assert err.startswith(f"pkt: error: {bad}: not the metrics of `pkt align` ({reason}")
+    assert err.startswith(f"pkt: error: {bad / 'chosen.json'}: not written by `pkt align` ({reason}")
     assert len(err.splitlines()) == 1
-    bad.unlink()
-    _, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", metrics_in=bad)
-    assert err == f"pkt: error: {bad}: no such file; expected the metrics of `pkt align`\n"
+    (bad / "chosen.json").unlink()
+    _, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", mapping=bad)
+    assert err == f"pkt: error: {bad / 'chosen.json'}: no such file; expected a folder of `pkt align`\n"
 
 
-def test_wrong_target_and_swapped_artifacts(
+def test_wrong_target(
     pkt: Run, aligned: dict[str, Path], source_folder: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    _, _, err = inject(pkt, source_folder, aligned, tmp_path)
+    _, _, err = inject(pkt, source_folder, aligned, tmp_path / "out")
     assert err == f"pkt: error: {source_folder}: this is the selection's source; its target is target\n"
-    _, _, err = inject(pkt, target_folder, aligned, tmp_path, selection=aligned["rows"])
-    assert err == (
-        f"pkt: error: {aligned['rows']}: expected a selection artifact (made by `pkt select`), found source_rows\n"
-    )
 
 
 def test_a_mapping_between_other_models(
     pkt: Run, aligned: dict[str, Path], source_folder: Path, target_folder: Path, tmp_path: Path
 ) -> None:
-    other = write_inputs(tmp_path / "swapped", source_folder, source_folder)
-    given = {name: other[name] for name in ("selection", "rows")}
-    _, _, err = inject(pkt, target_folder, aligned, tmp_path, **given)
-    mapping = aligned["hypernetwork"] / "step_02.safetensors"
+    other = write_inputs(tmp_path / "swapped", source_folder, source_folder)["selection"]
+    _, _, err = inject(pkt, target_folder, aligned, tmp_path / "out", selection=other)
     assert err == (
-        f"pkt: error: {mapping}: trained for the target target, {other['selection']} is for source;"
+        f"pkt: error: {aligned['mapping']}: trained for another target than the selection's, source;"
         " run `pkt align` again\n"
     )

@@ -21,7 +21,7 @@ def scored(
     for side, folder in (("source", source_folder), ("target", target_folder)):
         made[side] = tmp_path / f"{side}.safetensors"
         status, _, err = pkt(
-            *("attribute", "--model", folder, "--examples", extract_file, "--examples", transfer_file),
+            *("attribute", "--model", folder, "--extract", extract_file, "--transfer", transfer_file),
             *("--out", made[side]),
         )
         assert status == 0, err
@@ -31,7 +31,7 @@ def scored(
 def select(pkt: Run, scored: dict[str, Path], source: Path, out: Path, *options: object) -> tuple[int, str, str]:
     return pkt(
         *("select", "--source-scores", scored["source"], "--target-scores", scored["target"], "--source", source),
-        *("--out", out / "selection.safetensors", "--rows-out", out / "rows.safetensors", *options),
+        *("--out", out / "selected", *options),
     )
 
 
@@ -41,22 +41,22 @@ def test_rows_are_the_sources_weights_at_the_selected_neurons(
     status, printed, err = select(pkt, scored, source_folder, tmp_path, "--max-rate", "0.25")
     assert status == 0, err
     assert "select: 3 layer pairs, 24 FFN and 16 attention neurons each, 5 examples ->" in printed
-    selection = artifacts.load(tmp_path / "selection.safetensors", "selection")
-    rows = artifacts.load(tmp_path / "rows.safetensors", "source_rows")
+    selection = artifacts.load(tmp_path / "selected/selection.safetensors", artifacts.SELECTION)
+    rows = artifacts.load(tmp_path / "selected/rows.safetensors", artifacts.SOURCE_ROWS)
     weights = load_file(source_folder / "model.safetensors")
-    scores = artifacts.load(scored["source"], "attribution")
+    scores = artifacts.load(scored["source"], artifacts.ATTRIBUTION)
     for example in range(5):
         for pair in range(3):
-            layer = int(selection["ffn_layers"][example, pair, 0])
-            neurons = selection["ffn_source_neurons"][example, pair]
+            layer = int(selection["default.ffn_layers"][example, pair, 0])
+            neurons = selection["default.ffn_source_neurons"][example, pair]
             ranked = scores["ffn_scores.rms"][example, layer]
             assert torch.equal(ranked[neurons], ranked.sort(descending=True).values[:24])
             at = torch.searchsorted(rows[f"neurons.ffn.{layer}"], neurons)
             down = weights[f"model.layers.{layer}.mlp.down_proj.weight"]
             assert torch.equal(rows[f"ffn_down.{layer}"][at], down[:, neurons].T)
 
-            layer = int(selection["attn_layers"][example, pair, 0])
-            neurons = selection["attn_source_neurons"][example, pair]
+            layer = int(selection["default.attn_layers"][example, pair, 0])
+            neurons = selection["default.attn_source_neurons"][example, pair]
             at = torch.searchsorted(rows[f"neurons.attn.{layer}"], neurons)
             v = weights[f"model.layers.{layer}.self_attn.v_proj.weight"]
             shared = (neurons // 24 // 2) * 24 + neurons % 24  # 4 heads of width 24 share 2 key/value heads
@@ -68,12 +68,14 @@ def test_as_many_random_neurons_of_every_layer_for_the_control(
 ) -> None:
     for seed in (0, 0, 1):
         assert select(pkt, scored, source_folder, tmp_path / str(seed), "--max-rate", "0.25", "--seed", seed)[0] == 0
-    drawn = [artifacts.load(tmp_path / str(seed) / "selection.safetensors", "selection") for seed in (0, 1)]
-    rows = artifacts.load(tmp_path / "0" / "rows.safetensors", "source_rows")
+    drawn = [
+        artifacts.load(tmp_path / str(seed) / "selected/selection.safetensors", artifacts.SELECTION) for seed in (0, 1)
+    ]
+    rows = artifacts.load(tmp_path / "0" / "selected/rows.safetensors", artifacts.SOURCE_ROWS)
     weights = load_file(source_folder / "model.safetensors")
     assert drawn[0].shapes["ffn_random_neurons"] == (4, 24) and drawn[0].shapes["attn_random_neurons"] == (4, 16)
     assert not torch.equal(drawn[0]["ffn_random_neurons"], drawn[1]["ffn_random_neurons"])
-    for layer in drawn[0]["ffn_layers"][..., 0].unique().tolist():
+    for layer in drawn[0]["default.ffn_layers"][..., 0].unique().tolist():
         neurons = drawn[0]["ffn_random_neurons"][layer]
         assert len(neurons.unique()) == 24 and int(neurons.max()) < 128
         at = torch.searchsorted(rows[f"neurons.ffn.{layer}"], neurons)
@@ -83,8 +85,8 @@ def test_as_many_random_neurons_of_every_layer_for_the_control(
 def test_a_lower_rate_is_a_slice(pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path) -> None:
     for rate in ("0.25", "0.125"):
         assert select(pkt, scored, source_folder, tmp_path / rate, "--max-rate", rate)[0] == 0
-    wide = artifacts.load(tmp_path / "0.25" / "selection.safetensors", "selection")
-    narrow = artifacts.load(tmp_path / "0.125" / "selection.safetensors", "selection")
+    wide = artifacts.load(tmp_path / "0.25" / "selected/selection.safetensors", artifacts.SELECTION)
+    narrow = artifacts.load(tmp_path / "0.125" / "selected/selection.safetensors", artifacts.SELECTION)
     for name in narrow.shapes:
         last = narrow.shapes[name][-1]
         assert torch.equal(wide[name][..., :last], narrow[name])
@@ -94,23 +96,25 @@ def test_one_selection_for_all_from_the_mean_score(
     pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
 ) -> None:
     assert select(pkt, scored, source_folder, tmp_path, "--scores-of", "extract_mean")[0] == 0
-    selection = artifacts.load(tmp_path / "selection.safetensors", "selection")
+    selection = artifacts.load(tmp_path / "selected/selection.safetensors", artifacts.SELECTION)
     for name in selection.shapes:
         if not name.endswith("random_neurons"):
             assert torch.equal(selection[name], selection[name][:1].expand_as(selection[name]))
-    scores = artifacts.load(scored["source"], "attribution")["ffn_scores.rms"][:3].mean(0)
-    layer = int(selection["ffn_layers"][0, 0, 0])
-    assert selection["ffn_source_neurons"][0, 0, 0] == scores[layer].argmax()
+    scores = artifacts.load(scored["source"], artifacts.ATTRIBUTION)["ffn_scores.rms"][:3].mean(0)
+    layer = int(selection["default.ffn_layers"][0, 0, 0])
+    assert selection["default.ffn_source_neurons"][0, 0, 0] == scores[layer].argmax()
 
 
 def test_the_layer_rules_use_what_they_say(
     pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
 ) -> None:
-    scores = artifacts.load(scored["source"], "attribution")
+    scores = artifacts.load(scored["source"], artifacts.ATTRIBUTION)
     by_rule = {"neuron_sum": scores["ffn_scores.rms"].sum(-1), "block_gain": scores["ffn_gain.rms"]}
     for rule, layer_scores in by_rule.items():
         assert select(pkt, scored, source_folder, tmp_path / rule, "--layer-rule", rule)[0] == 0
-        pairs = artifacts.load(tmp_path / rule / "selection.safetensors", "selection")["ffn_layers"]
+        pairs = artifacts.load(tmp_path / rule / "selected/selection.safetensors", artifacts.SELECTION)[
+            "default.ffn_layers"
+        ]
         dropped = [min(range(4), key=lambda layer: float(row[layer])) for row in layer_scores]
         assert [set(range(4)) - set(p[:, 0].tolist()) for p in pairs] == [{layer} for layer in dropped]
 
@@ -120,7 +124,6 @@ def test_the_layer_rules_use_what_they_say(
     [
         (("--max-rate", "0"), "max_rate must be above 0 and at most 1, found 0.0"),
         (("--max-rate", "0.001"), "max_rate 0.001 of 96 ffn neurons selects none; raise it"),
-        (("--norm", "reference_code"), "has no tensor ffn_scores.reference_code; found"),
     ],
 )
 def test_bad_settings(
@@ -130,7 +133,7 @@ def test_bad_settings(
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
-    assert not (tmp_path / "selection.safetensors").exists()
+    assert not (tmp_path / "selected/selection.safetensors").exists()
 
 
 def test_another_source_than_the_one_attributed(
@@ -149,7 +152,7 @@ def test_swapped_models_are_told_what_is_possible(
     status, _, err = select(pkt, swapped, target_folder, tmp_path)
     assert status == 0
     assert "warning: the source is smaller than the target (d_model 64 < 96, d_ff 96 < 128, num_layers 3 < 4)" in err
-    pairs = artifacts.load(tmp_path / "selection.safetensors", "selection")["ffn_layers"]
+    pairs = artifacts.load(tmp_path / "selected/selection.safetensors", artifacts.SELECTION)["default.ffn_layers"]
     assert pairs.shape == (5, 3, 2)
 
 
@@ -157,7 +160,7 @@ def test_attributions_of_different_examples(
     pkt: Run, scored: dict[str, Path], source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.safetensors"
-    pkt("attribute", "--model", target_folder, "--examples", extract_file, "--out", other)
+    pkt("attribute", "--model", target_folder, "--extract", extract_file, "--out", other)
     status, _, err = select(pkt, scored | {"target": other}, source_folder, tmp_path)
     assert status == 2
     assert "attributed on different examples; run `pkt attribute` on the same files" in err
@@ -168,7 +171,7 @@ def test_more_neurons_than_the_source_has(pkt: Run, target_folder: Path, extract
     scored = {}
     for side, folder in (("source", small), ("target", target_folder)):
         scored[side] = tmp_path / f"{side}.safetensors"
-        pkt("attribute", "--model", folder, "--examples", extract_file, "--out", scored[side])
+        pkt("attribute", "--model", folder, "--extract", extract_file, "--out", scored[side])
     status, _, err = select(pkt, scored, small, tmp_path, "--max-rate", "0.5")
     assert status == 2
     assert "ffn at max_rate 0.5, the source: 48 neurons wanted, a layer has 32; lower max_rate" in err

@@ -12,6 +12,7 @@ from torch import Tensor
 from pkt_stages import artifacts
 from pkt_stages.models.load import identity, load_config, resolve
 from pkt_stages.models.rows import Checkpoint
+from pkt_stages.models.selection import INDICES, ROWS
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.stages.select import extract_rows
 from tests.conftest import write_examples
@@ -19,7 +20,7 @@ from tests.conftest import write_examples
 NUM_EXTRACT, NUM_TRANSFER = 3, 2
 
 
-def write_transfer(
+def write_selection(
     folder: Path,
     source: Path,
     target: Path,
@@ -27,8 +28,8 @@ def write_transfer(
     *,
     examples: list[dict[str, str]] | None = None,
     max_rate: float = 0.25,
-) -> dict[str, Path]:
-    """Write selection.safetensors and rows.safetensors; a random selection over all target layers if none is given."""
+) -> Path:
+    """Write the folder of `pkt select`; a random selection over all target layers if none is given."""
     refs = {side: resolve(str(model)) for side, model in (("source", source), ("target", target))}
     sizes = {side: geometry(load_config(ref)) for side, ref in refs.items()}
     if examples is None:
@@ -36,15 +37,14 @@ def write_transfer(
         examples += [{"set": "transfer", "id": f"toy_{10 + i}"} for i in range(NUM_TRANSFER)]
     if selection is None:
         selection = random_selection(sizes["source"], sizes["target"], len(examples), max_rate)
-    selection = random_neurons(sizes["source"], selection) | dict(selection)
+    selection = {f"default.{name}": tensor for name, tensor in selection.items() if "random" not in name}
+    selection |= random_neurons(sizes["source"], selection)
     meta = {side: {"model": identity(ref), "geometry": asdict(sizes[side])} for side, ref in refs.items()}
     meta |= {"examples": examples, "params": {"max_rate": max_rate}}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {"selection": folder / "selection.safetensors", "rows": folder / "rows.safetensors"}
-    artifacts.save(paths["selection"], "selection", selection, meta)
-    rows = extract_rows(Checkpoint(refs["source"]), sizes["source"], dict(selection))
-    artifacts.save(paths["rows"], "source_rows", rows, meta)
-    return paths
+    artifacts.save(folder / INDICES, artifacts.SELECTION, selection, meta)
+    rows = extract_rows(Checkpoint(refs["source"]), sizes["source"], selection)
+    artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
+    return folder
 
 
 def random_selection(source: Geometry, target: Geometry, num_examples: int, max_rate: float) -> dict[str, Tensor]:
@@ -55,14 +55,14 @@ def random_selection(source: Geometry, target: Geometry, num_examples: int, max_
         "attn": (source.num_attn_neurons, target.num_attn_neurons, int(max_rate * target.d_model)),
     }
     found = {}
-    for module, (from_size, to_size, k) in sizes.items():
+    for sublayer, (from_size, to_size, k) in sizes.items():
         chosen = [
             torch.randperm(source.num_layers, generator=generator)[: shape[1]].sort().values for _ in range(shape[0])
         ]
-        found[f"{module}_layers"] = torch.stack([torch.stack(chosen), torch.arange(shape[1]).expand(shape)], dim=-1)
+        found[f"{sublayer}_layers"] = torch.stack([torch.stack(chosen), torch.arange(shape[1]).expand(shape)], dim=-1)
         for side, size in (("source", from_size), ("target", to_size)):
             order = torch.rand(*shape, size, generator=generator).argsort(-1)
-            found[f"{module}_{side}_neurons"] = order[..., :k]
+            found[f"{sublayer}_{side}_neurons"] = order[..., :k]
     return found
 
 
@@ -70,16 +70,16 @@ def random_neurons(source: Geometry, selection: Mapping[str, Tensor]) -> dict[st
     """As many neurons of every source layer as a layer pair has, for the control."""
     generator = torch.Generator().manual_seed(8)
     found = {}
-    for module, size in (("ffn", source.d_ff), ("attn", source.num_attn_neurons)):
-        k = selection[f"{module}_source_neurons"].shape[-1]
+    for sublayer, size in (("ffn", source.d_ff), ("attn", source.num_attn_neurons)):
+        k = selection[f"default.{sublayer}_source_neurons"].shape[-1]
         layers = [torch.randperm(size, generator=generator)[:k] for _ in range(source.num_layers)]
-        found[f"{module}_random_neurons"] = torch.stack(layers)
+        found[f"{sublayer}_random_neurons"] = torch.stack(layers)
     return found
 
 
 def write_inputs(folder: Path, source: Path, target: Path) -> dict[str, Path]:
-    """Selection, rows, and the extract and align examples that go with them."""
-    paths = write_transfer(folder, source, target)
+    """Selection, and the extract and align examples that go with it."""
+    paths = {"selection": write_selection(folder / "selection", source, target)}
     paths["extract"] = write_examples(folder / "extract.jsonl", ["It is 1.", "It is 2.", "It is 3."])
     answers = [f"The answer is {i}{' of course' * (i % 3)}." for i in range(12)]
     paths["align"] = write_examples(folder / "align.jsonl", answers, start=100)

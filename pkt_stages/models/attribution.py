@@ -1,0 +1,182 @@
+"""Attribution on a model: from what its layers computed to each neuron's score (METHODS section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages.core import attribution as core
+from pkt_stages.models.capture import Captured, lens
+from pkt_stages.models.sites import as_rows, weight_name
+
+SITE = {"ffn": "ffn_down", "attn": "attn_o"}  # the subvalues of a sublayer's neurons are this site's rows
+COEFFICIENTS = {"all_positions": "attn_coefficients", "last_position": "attn_coefficients_last"}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples as the model saw them, for the logit lens with each norm; on one device.
+
+    Attributes:
+        model: that they ran through.
+        captured: by example.
+        token: [example] the tokens that they should predict.
+        norms: of the lens; they differ only in the divisor, so that they ride along as further examples.
+        coefficients: kinds of attention coefficient, keys of `COEFFICIENTS`.
+        unembedding: [vocab, d_model] of the lens.
+        centred: the same, centred over the vocabulary.
+        divisor: [norm * example] of the lens.
+    """
+
+    model: Any
+    captured: Sequence[Captured]
+    token: Tensor
+    norms: Sequence[str]
+    coefficients: Sequence[str]
+    unembedding: Tensor
+    centred: Tensor
+    divisor: Tensor
+
+    def stacked(self, name: str, layer: int) -> Tensor:
+        """What all examples have as this field of `Captured` at a layer: [example, ...]."""
+        return torch.stack([getattr(c, name)[layer] for c in self.captured])
+
+    def log_p(self, residual: Tensor) -> Tensor:
+        """log p of the lens [norm * example, vocab] for residuals [example, d_model]."""
+        return core.log_probabilities(self.unembedding, residual.repeat(len(self.norms), 1), self.divisor)
+
+
+def on_lens(
+    model: Any,
+    captured: Sequence[Mapping[str, Tensor]],
+    predicted: Sequence[int],
+    norms: Sequence[str],
+    coefficients: Sequence[str],
+) -> Examples:
+    """The examples on the lens's device.
+
+    Args:
+        captured: the fields of `Captured`, by example.
+        predicted: the token that each should predict.
+    """
+    unembedding, eps = lens(model)
+    home = unembedding.device
+    moved = [Captured(**{name: tensor.to(home) for name, tensor in fields.items()}) for fields in captured]
+    final = torch.stack([c.final for c in moved])
+    return Examples(
+        model=model,
+        captured=moved,
+        token=torch.tensor(predicted, device=home),
+        norms=norms,
+        coefficients=coefficients,
+        unembedding=unembedding,
+        centred=core.centred(unembedding),
+        divisor=torch.cat([core.lens_divisor(final, eps, norm) for norm in norms]),
+    )
+
+
+def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, Tensor]:
+    """One layer's scores in nats, on the CPU.
+
+    Args:
+        tolerance: largest error of a score by moments, nats; else the plain path.
+
+    Returns:
+        By sublayer: `ffn` and `attn` [variant, norm * example, neuron] (one variant per kind of coefficient),
+        `{sublayer}_gain` [norm * example] and `{sublayer}_plain` [1], the pairs that took the plain path.
+    """
+    token = examples.token.repeat(len(examples.norms))
+    before = examples.stacked("layer_input", layer)
+    between = before + examples.stacked("attn_output", layer)
+    p_before, p_between = examples.log_p(before), examples.log_p(between)
+    p_after = examples.log_p(between + examples.stacked("ffn_output", layer))
+    made = {
+        "attn_gain": core.block_gain(p_before, p_between, token),
+        "ffn_gain": core.block_gain(p_between, p_after, token),
+    }
+    for sublayer, base, names in (
+        ("attn", p_before, [COEFFICIENTS[kind] for kind in examples.coefficients]),
+        ("ffn", p_between, ["ffn_coefficients"]),
+    ):
+        subvalues = _subvalues(examples.model, layer, sublayer).to(base.device).float().contiguous()
+        scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
+        c = torch.stack(scaled)
+        found = core.neuron_scores(subvalues, examples.centred, base, c, token, tolerance=tolerance)
+        made[sublayer] = found.values
+        made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])
+    return {name: tensor.cpu() for name, tensor in made.items()}
+
+
+def collected(
+    examples: Examples, layers: Sequence[Mapping[str, Tensor]], num_neurons: int, num_tokens: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors of an `attribution` artifact, and the share of pairs that took the plain path, per sublayer.
+
+    Args:
+        layers: from `score_layer`.
+        num_neurons, num_tokens: best neurons per example and sublayer, and tokens of each.
+    """
+    tensors = {"predicted_token": examples.token, **_by_variant(examples, layers)}
+    norm, share = examples.norms[0], {}
+    for sublayer, name in (("ffn", f"ffn_scores.{norm}"), ("attn", f"attn_scores.{norm}.{examples.coefficients[0]}")):
+        where, tokens = _best_neurons(examples, sublayer, tensors[name], num_neurons, num_tokens)
+        tensors |= {f"top_neurons.{sublayer}": where, f"top_tokens.{sublayer}": tokens}
+        pairs = sum(layer[sublayer].numel() for layer in layers)
+        share[sublayer] = sum(int(layer[f"{sublayer}_plain"]) for layer in layers) / pairs
+    return tensors, share
+
+
+def _by_variant(examples: Examples, layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The layers' scores [example, layer, neuron] and gains [example, layer] for each norm and coefficient."""
+
+    def by_norm(found: Tensor, dim: int) -> Tensor:
+        return found.unflatten(dim, (len(examples.norms), -1))
+
+    tensors = {}
+    for sublayer in SITE:
+        scores = by_norm(torch.stack([layer[sublayer] for layer in layers], dim=2), 1)
+        gains = by_norm(torch.stack([layer[f"{sublayer}_gain"] for layer in layers], dim=1), 0)
+        for n, norm in enumerate(examples.norms):
+            tensors[f"{sublayer}_gain.{norm}"] = gains[n]
+            if sublayer == "ffn":
+                tensors[f"ffn_scores.{norm}"] = scores[0, n]
+                continue
+            for variant, coefficient in enumerate(examples.coefficients):
+                tensors[f"attn_scores.{norm}.{coefficient}"] = scores[variant, n]
+    return tensors
+
+
+def _best_neurons(
+    examples: Examples, sublayer: str, scores: Tensor, num_neurons: int, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Each example's best neurons, and the tokens that they raise most through the lens.
+
+    Args:
+        scores: [example, layer, neuron], those of the first kind of coefficient.
+
+    Returns:
+        Layers and neurons [example, top, 2]; tokens [example, top, lens_token].
+    """
+    name = "ffn_coefficients" if sublayer == "ffn" else COEFFICIENTS[examples.coefficients[0]]
+    count = min(num_neurons, scores[0].numel())
+    best = scores.flatten(1).sort(descending=True, stable=True).indices[:, :count]
+    where = torch.stack([best // scores.shape[-1], best % scores.shape[-1]], dim=-1)
+    tokens = []
+    for captured, pairs in zip(examples.captured, where.tolist(), strict=True):
+        vectors = [
+            _subvalues(examples.model, layer, sublayer)[neuron].to(examples.centred.device).float()
+            * getattr(captured, name)[layer, neuron]
+            for layer, neuron in pairs
+        ]
+        found = core.lens_tokens(torch.stack(vectors), examples.centred, min(num_tokens, len(examples.centred)))
+        tokens.append(found)
+    return where, torch.stack(tokens)
+
+
+def _subvalues(model: Any, layer: int, sublayer: str) -> Tensor:
+    """[neuron, d_model] as the model holds them."""
+    return as_rows(model.get_parameter(weight_name(layer, SITE[sublayer])), SITE[sublayer])

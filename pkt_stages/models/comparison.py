@@ -1,0 +1,121 @@
+"""What `pkt compare` finds out about two models, and what an adapter started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from pkt_stages import artifacts
+from pkt_stages.errors import UserError
+from pkt_stages.models.adapters import Adapter
+from pkt_stages.models.changes import Change, Changes, Stored
+from pkt_stages.models.load import ModelRef, load_config
+from pkt_stages.models.ranges import Ranges, of_change, of_models, ranges
+from pkt_stages.models.rows import Checkpoint
+from pkt_stages.models.similarity import similarities
+from pkt_stages.models.submatrices import read_submatrices
+
+MARK = "compare.json"  # says what was compared; the artifacts lie beside it
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two models, or of a target before and after a change.
+
+    Attributes:
+        cka: by site, [first layer, second layer].
+        ranges: of what the second has more than the first; None for models of different weights.
+        similarity: of an adapter, `{site}.{moment}.{against}`; None for anything else.
+    """
+
+    cka: Mapping[str, Tensor]
+    ranges: Ranges | None
+    similarity: Mapping[str, Tensor] | None
+
+    def write(self, out: Path, meta: Mapping[str, Any]) -> None:
+        """Write a folder with an artifact of each; it appears whole or not at all."""
+        with artifacts.replaced_folder(out, MARK) as folder:
+            maps = {f"cka.{site}": similarity for site, similarity in self.cka.items()}
+            artifacts.save(folder / "cka.safetensors", artifacts.CKA, maps, meta)
+            if self.ranges is not None:
+                told = {**meta, **self.ranges.meta()}
+                artifacts.save(folder / "ranges.safetensors", artifacts.DELTA_RANGES, self.ranges.tensors(), told)
+            if self.similarity is not None:
+                artifacts.save(folder / "similarity.safetensors", artifacts.SIMILARITY, self.similarity, meta)
+            artifacts.write_json(folder / MARK, meta)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values."""
+        alike = self.similarity
+        return {
+            "cka": {site: similarity.tolist() for site, similarity in self.cka.items()},
+            "ranges": self.ranges.facts() if self.ranges is not None else None,
+            "similarity": {name: values.tolist() for name, values in alike.items()} if alike is not None else None,
+        }
+
+    def summary(self) -> str:
+        means = ", ".join(f"{site} {float(similarity.mean()):.2f}" for site, similarity in self.cka.items())
+        said = f"mean CKA of layer pairs {means}"
+        if self.ranges is None:
+            return f"{said}; no ranges, for their weights are of different shapes"
+        whole = self.ranges.overall()
+        said += f"; delta {whole['min']:+.4f} .. {whole['max']:+.4f}"
+        for name, values in (self.similarity or {}).items():
+            if name.startswith("ffn_up.trained."):
+                said += f", cosine with {name.removeprefix('ffn_up.trained.')} {fmean(values[:, 0].tolist()):+.3f}"
+        return said
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an adapter was trained from.
+
+    Attributes:
+        rank: in training.
+        submatrices: the source's by module, if it started from them.
+    """
+
+    rank: int
+    submatrices: Mapping[str, Tensor]
+
+
+def start_of(row: Changes, stored: Stored, submatrices: Path | None, target: Mapping[str, Any]) -> Start | None:
+    """What an adapter started from, if its row says so.
+
+    Args:
+        submatrices: a file of `pkt seek`, which init seeking needs and nothing else has use for.
+        target: identity of the model that the row changes.
+
+    Raises:
+        UserError: see above, or a file of another target.
+    """
+    settings = row.meta.get("params", {}) if stored.kind == "low_rank" else {}
+    init = settings.get("init")
+    if submatrices is None:
+        if init == "seeking":
+            raise UserError(f"{row.path}: init seeking needs --submatrices (from `pkt seek`)")
+        return Start(settings["rank"], {}) if init is not None else None
+    if init != "seeking":
+        raise UserError(f"{row.path}: has no use for --submatrices; only an adapter of init seeking has")
+    found = artifacts.load(submatrices, artifacts.SUBMATRICES)
+    return Start(settings["rank"], read_submatrices(found, target, str(target["name"])))
+
+
+def ranges_of(refs: Sequence[ModelRef], change: Change | None) -> Ranges | None:
+    """Of the change, or without one of what the second model has more than the first."""
+    parts = of_change(change) if change is not None else of_models(*refs)
+    return ranges(parts) if parts is not None else None
+
+
+def similarity_of(ref: ModelRef, change: Change | None, start: Start | None) -> dict[str, Tensor] | None:
+    """Of an adapter whose start is known, to the weights of the model that it changes."""
+    if start is None:
+        return None
+    assert isinstance(change, Adapter)
+    weight, num_layers = Checkpoint(ref).weight, load_config(ref).num_hidden_layers
+    return similarities(weight, change, start.submatrices, rank=start.rank, num_layers=num_layers)

@@ -1,0 +1,131 @@
+"""One variant of a selection with the source's rows, at a rate: whose neuron goes where (METHODS section 3).
+
+Shared by `align` (train a mapping) and `inject` (use it). The rate may be anything up to the selection's max_rate:
+neurons stand in score order, so a lower rate is a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages import artifacts
+from pkt_stages.artifacts import Artifact
+from pkt_stages.core.selection import num_selected
+from pkt_stages.errors import UserError
+from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.sites import SUBLAYER_OF_SITE
+
+DEFAULT = "default"  # the variant of the settings themselves
+INDICES, ROWS = "selection.safetensors", "rows.safetensors"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who gives what to whom.
+
+    Attributes:
+        tensors: of the variant: `{sublayer}_layers` [example, layer_pair, 2], `{sublayer}_source_neurons` and
+            `{sublayer}_target_neurons` [example, layer_pair, rank]; `{sublayer}_random_neurons` [source_layer, rank].
+        rows: the `source_rows` artifact of the same selection.
+        meta: the selection's metadata: `examples`, `source`, `target`, `params`.
+        counts: neurons per layer pair at this rate, by sublayer: k of `ffn` and `attn`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rows: Artifact
+    meta: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+    def examples(self, of: str) -> dict[str, int]:
+        """Ids of the set `extract` or `transfer` in the selection's order, with their index in it."""
+        return {e["id"]: i for i, e in enumerate(self.meta["examples"]) if e["set"] == of}
+
+    def width(self, side: str) -> int:
+        """d_model of the `source` or the `target`."""
+        return int(self.meta[side]["geometry"]["d_model"])
+
+    def source_layers(self, sublayer: str, example: int) -> list[int]:
+        """The source layer of each layer pair."""
+        found: list[int] = self.tensors[f"{sublayer}_layers"][example, :, 0].tolist()
+        return found
+
+    def source_neurons(self, sublayer: str, example: int) -> Tensor:
+        """The source's neurons [layer_pair, k], in score order."""
+        return self.tensors[f"{sublayer}_source_neurons"][example, :, : self.counts[sublayer]]
+
+    def random_neurons(self, sublayer: str, layers: Sequence[int]) -> Tensor:
+        """Neurons drawn at random in these source layers [layer_pair, k], equal for all examples (see `pkt select`)."""
+        return self.tensors[f"{sublayer}_random_neurons"][list(layers), : self.counts[sublayer]]
+
+    def rows_at(self, site: str, layers: Sequence[int], neurons: Tensor) -> Tensor:
+        """The source's rows at `neurons` [layer_pair, k] of these layers: float32 [layer_pair, k, d_source]."""
+        sublayer = SUBLAYER_OF_SITE[site]
+        found = []
+        for layer, wanted in zip(layers, neurons, strict=True):
+            union = self.rows[f"neurons.{sublayer}.{layer}"]
+            at = torch.searchsorted(union, wanted.contiguous()).clamp_max(len(union) - 1)
+            if not torch.equal(union[at], wanted):
+                raise UserError(
+                    f"{self.rows.path}: lacks rows of {site} in layer {layer} that the selection names;"
+                    " make both again with `pkt select`"
+                )
+            found.append(self.rows[f"{site}.{layer}"][at].float())
+        return torch.stack(found)
+
+    def delta(self, example: int, mapped: Mapping[str, Tensor]) -> dict[str, SparseDelta]:
+        """Rows in target coordinates, by site [layer_pair, k, d_target], at the target's neurons of an example."""
+        delta = {}
+        for site, rows in mapped.items():
+            sublayer = SUBLAYER_OF_SITE[site]
+            neurons = self.tensors[f"{sublayer}_target_neurons"][example, :, : self.counts[sublayer]]
+            delta[site] = SparseDelta(self.tensors[f"{sublayer}_layers"][example, :, 1], neurons, rows)
+        return delta
+
+
+def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Selection:
+    """Open what `pkt select` wrote and check that it belongs together and reaches the rate.
+
+    Raises:
+        UserError: bad files, files of different selections, an unknown variant, a rate above max_rate, or one that
+            selects no neuron.
+    """
+    chosen = artifacts.load(folder / INDICES, artifacts.SELECTION)
+    extracted = artifacts.load(folder / ROWS, artifacts.SOURCE_ROWS)
+    for key in ("source", "target", "examples", "params"):
+        if chosen.meta.get(key) != extracted.meta.get(key):
+            raise UserError(f"{extracted.path}: not of the same run of `pkt select` as {chosen.path} ({key} differs)")
+    variants = {name.partition(".")[0] for name in chosen.shapes if "." in name}
+    if variant not in variants:
+        raise UserError(
+            f"{folder}: has no selection {variant!r}; found {', '.join(sorted(variants))}; add it to `select.variants`"
+        )
+    max_rate = chosen.meta["params"]["max_rate"]
+    if rate > max_rate:
+        raise UserError(f"rate {rate} is above the selection's max_rate {max_rate}; run `pkt select` with a higher one")
+    sizes = chosen.meta["target"]["geometry"]
+    counts = {"ffn": num_selected(rate, sizes["d_ff"]), "attn": num_selected(rate, sizes["d_model"])}
+    for sublayer, count in counts.items():
+        if count < 1:
+            raise UserError(f"rate {rate} selects no {sublayer} neuron of the target; raise it")
+    # Those of the variant, and the random neurons, which are of none.
+    named = {n.removeprefix(f"{variant}."): n for n in chosen.shapes if "." not in n or n.startswith(f"{variant}.")}
+    return Selection({name: chosen[whole] for name, whole in named.items()}, extracted, chosen.meta, counts)
+
+
+def check_target(selection: Selection, found: Mapping[str, Any], location: str) -> None:
+    """Raise UserError unless the model `found` (see `load.identity`) is the target that the selection was made for."""
+    if found == selection.meta["target"]["model"]:
+        return
+    expected = selection.meta["target"]["model"]
+    if found == selection.meta["source"]["model"]:
+        raise UserError(f"{location}: this is the selection's source; its target is {expected['name']}")
+    raise UserError(
+        f"{location}: not the target that the selection was made for (expected {expected['name']} at"
+        f" {expected['revision']}, found {found['name']} at {found['revision']})"
+    )

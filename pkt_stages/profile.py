@@ -1,0 +1,193 @@
+"""What a params file says of a profile as a whole: its models, its tasks, and its rows in the table's order.
+
+`GROUPS` says for each key of `made_by`, which is a stage of dvc.yaml, how its rows come about; a test holds it to the
+graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pkt_stages.errors import UserError
+from pkt_stages.params import mapping, read_params
+
+
+@dataclass(frozen=True)
+class Group:
+    """Methods that one stage of dvc.yaml makes.
+
+    Attributes:
+        command: that makes a row; settings of its method's entry are settings of this command.
+        section: of the table.
+        by_source, by_task: whether a row is made for each source, for each task.
+        runs_code: whether an entry's `code` names a file of pkt_stages/methods.
+    """
+
+    command: str
+    section: str
+    by_source: bool = True
+    by_task: bool = True
+    runs_code: bool = False
+
+
+GROUPS: dict[str, Group] = {
+    "align": Group("align", "PrePKT", runs_code=True),
+    "unaligned": Group("derive", "PrePKT", runs_code=True),
+    "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
+    "finetune": Group("finetune", "PostPKT", by_source=False),
+    "finetune_seeking": Group("finetune", "PostPKT"),
+    "finetune_answers": Group("finetune", "Distillation"),
+    "distill": Group("distill", "Distillation"),
+    "control": Group("derive", "Controls", runs_code=True),
+}
+CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
+DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: its key in `made_by`.
+        group: the stage that makes it, a key of `GROUPS`.
+        entry: its settings.
+    """
+
+    name: str
+    group: str
+    entry: Mapping[str, Any]
+
+    @property
+    def section(self) -> str:
+        return "Controls" if self.name.startswith(CONTROL) else GROUPS[self.group].section
+
+    @property
+    def code(self) -> str | None:
+        """The file of pkt_stages/methods that makes it, if one does."""
+        group = GROUPS[self.group]
+        return str(self.entry.get("code") or DEFAULT_CODE.get(group.command, "")) if group.runs_code else None
+
+    def folder(self, source: str) -> tuple[str, ...]:
+        """Where its metrics lie, below a folder of metrics and above the task."""
+        return (self.name, source) if GROUPS[self.group].by_source else (self.name,)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A params file's lists.
+
+    Attributes:
+        content: the whole file.
+        tasks: in order.
+        methods: the table's rows but for the models, in order; controls last.
+        pairs: models to compare, by the pair's name: `first` and `second`.
+        analysed: `task`, `methods`, `seeking` and `target_methods`.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    name: str
+    sources: list[str]
+    target: str
+    models: list[str]
+    tasks: list[str]
+    methods: list[Method]
+    every_step: list[str]
+    adopted: list[str]
+    pairs: Mapping[str, Mapping[str, str]]
+    analysed: Mapping[str, list[str]]
+
+    def method(self, name: str) -> Method:
+        """A row by its name.
+
+        Raises:
+            UserError: there is none.
+        """
+        for method in self.methods:
+            if method.name == name:
+                return method
+        known = ", ".join(method.name for method in self.methods)
+        raise UserError(f"{self.path}: unknown method {name!r}; `made_by` has {known or 'none'}")
+
+    def in_group(self, group: str) -> list[Method]:
+        return [method for method in self.methods if method.group == group]
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a params file's lists.
+
+    Raises:
+        UserError: it is missing or malformed, a method is in two groups, or a group is no stage of the graph.
+    """
+    content = read_params(path)
+    methods = sorted(_methods(content, path), key=lambda method: method.section == "Controls")
+    analysed = mapping(content, path, "analysed")
+    pairs = {name: mapping(content, path, "pairs", name) for name in mapping(content, path, "pairs")}
+    for name, pair in pairs.items():
+        if set(pair) != {"first", "second"} or not all(isinstance(model, str) for model in pair.values()):
+            raise UserError(
+                f"{path}: pairs.{name}: expected the keys first and second with a model each, found {pair!r}"
+            )
+    profile = Profile(
+        path=path,
+        content=content,
+        name=_name(content, path, "profile"),
+        sources=_names(content, path, "source", least=1),
+        target=_name(content, path, "target"),
+        models=_names(content, path, "models"),
+        tasks=list(mapping(content, path, "task")),
+        methods=methods,
+        every_step=_names(content, path, "every_step"),
+        adopted=_names(content, path, "adopted"),
+        pairs=pairs,
+        analysed={key: _names(analysed, path, key, within="analysed.") for key in _ANALYSED},
+    )
+    if not profile.tasks:
+        raise UserError(f"{path}: task: expected at least one task, found none")
+    for where, names, groups in (
+        ("every_step", profile.every_step, ("align",)),
+        ("analysed.methods", profile.analysed["methods"], [g for g in GROUPS if GROUPS[g].by_source and g != "grid"]),
+        ("analysed.seeking", profile.analysed["seeking"], ("finetune_seeking",)),
+        ("analysed.target_methods", profile.analysed["target_methods"], ("finetune",)),
+    ):
+        for name in names:
+            if profile.method(name).group not in groups:
+                raise UserError(
+                    f"{path}: {where}: {name} is made by {profile.method(name).group}, not {', '.join(groups)}"
+                )
+    if strange := [task for task in profile.analysed["task"] if task not in profile.tasks]:
+        raise UserError(f"{path}: analysed.task: {strange[0]!r} is not in `task` ({', '.join(profile.tasks)})")
+    return profile
+
+
+_ANALYSED = ("task", "methods", "seeking", "target_methods")
+
+
+def _methods(content: Mapping[str, Any], path: Path) -> Iterator[Method]:
+    seen: dict[str, str] = {}
+    for group in mapping(content, path, "made_by"):
+        if group not in GROUPS:
+            raise UserError(f"{path}: made_by.{group}: no such group; expected any of {', '.join(GROUPS)}")
+        for name in mapping(content, path, "made_by", group):
+            if name in seen:
+                raise UserError(f"{path}: made_by.{group}: {name} is in made_by.{seen[name]}, too; list it once")
+            seen[name] = group
+            yield Method(name, group, mapping(content, path, "made_by", group, name))
+
+
+def _name(content: Mapping[str, Any], path: Path, key: str) -> str:
+    if not isinstance(content.get(key), str):
+        raise UserError(f"{path}: {key}: expected a name, found {content.get(key)!r}")
+    return str(content[key])
+
+
+def _names(content: Mapping[str, Any], path: Path, key: str, *, least: int = 0, within: str = "") -> list[str]:
+    value = content.get(key)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(value) < least:
+        some = " with at least one name" if least else " of names"
+        raise UserError(f"{path}: {within}{key}: expected a list{some}, found {value!r}")
+    return list(value)
