@@ -11,12 +11,27 @@ from typing import Any, Literal, get_args
 
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
+from pkt_stages.params import option
 
 Template = Literal["chat", "tulu", "llama2", "none"]
 Labels = Literal["answer", "all", "reference_code"]
 
 # The authors strip `. " space ) newline , ]` and take the last token; a closing code fence is no answer either.
 NOT_USEFUL = '. ")\n,]`'
+
+
+@dataclass(frozen=True)
+class PromptParams:
+    """Setting of what puts prompts to a model."""
+
+    template: Template = option("chat", "Prompt format: chat (the tokenizer's own), tulu, llama2 or none.")
+
+
+@dataclass(frozen=True)
+class EncodingParams(PromptParams):
+    """Settings of what takes losses of examples."""
+
+    max_length: int = option(2048, "Longest example, tokens; a longer one is an error.", ge=1)
 
 
 @dataclass(frozen=True)

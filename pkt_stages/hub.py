@@ -38,13 +38,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rows:
+class Split:
     """A split of a data set on the hub.
 
     Attributes:
         split: as `datasets` takes it: `train`, `train+validation`, `test[:100]`.
         config: the data set's configuration, if it has several.
-        schema: the benchmark's schema if it is not the task's own (`examples.from_benchmark`).
+        schema: of its rows, if it is not the benchmark's own (`tasks.Task.schemas`).
     """
 
     repo: str
@@ -100,14 +100,14 @@ def read_model_pointer(path: Path) -> ModelPointer:
     return ModelPointer(content["repo"], content["revision"], sizes)
 
 
-def read_data_pointer(path: Path, pool: str) -> Rows:
+def read_data_pointer(path: Path, pool: str) -> Split:
     """Where one pool (`train`, `test` or `texts`) of a data folder comes from."""
     from pkt_stages.params import build
 
     content = read_pointer(path)
     if not isinstance(content.get(pool), dict):
         raise UserError(f"{path}: expected a mapping `{pool}` with repo, split and revision, found {content!r}")
-    return build(Rows, content[pool], f"{path}: {pool}")
+    return build(Split, content[pool], f"{path}: {pool}")
 
 
 def is_pinned(revision: str | None) -> bool:
@@ -124,7 +124,7 @@ def warn_unpinned(repo: str, revision: str | None) -> None:
         )
 
 
-def read_hub_rows(rows: Rows) -> Iterator[dict[str, Any]]:
+def read_hub_rows(split: Split) -> Iterator[dict[str, Any]]:
     """The rows of a split, in order.
 
     Raises:
@@ -134,11 +134,11 @@ def read_hub_rows(rows: Rows) -> Iterator[dict[str, Any]]:
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    warn_unpinned(rows.repo, rows.revision)
+    warn_unpinned(split.repo, split.revision)
     yield from explained(
-        rows.repo,
-        rows.revision,
-        lambda: load_dataset(rows.repo, rows.config, split=rows.split, revision=rows.revision),
+        split.repo,
+        split.revision,
+        lambda: load_dataset(split.repo, split.config, split=split.split, revision=split.revision),
         "the data set",
     )
 

@@ -6,67 +6,21 @@ from pathlib import Path
 import pytest
 
 from pkt_stages.errors import UserError
-from pkt_stages.examples import from_benchmark, read_examples, write_rows
+from pkt_stages.examples import Example, read_examples, training_file, write_jsonl
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
-def test_rows_come_back(tmp_path: Path) -> None:
-    row = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "easy_sums"}
-    made = from_benchmark("mmlu", row, "x")
-    write_rows(tmp_path / "e.jsonl", [made.to_row()])
-    assert read_examples(tmp_path / "e.jsonl") == [made]
-
-
-def test_mmlu() -> None:
-    row = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "easy_sums"}
-    made = from_benchmark("mmlu", row, "x")
-    assert made.prompt == (
-        "The following are multiple choice questions (with answers) about easy sums.\n\n"
-        "1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
-    )
-    assert (made.answer, made.prefix, made.reference) == ("The answer is: B", "The answer is:", {"answer": "B"})
-
-
-def test_gsm8k() -> None:
-    row = {"question": "Q?", "answer": "1 + 1 = <<1+1=2>>2.\nDone.\n#### 1,002"}
-    made = from_benchmark("gsm8k", row, "x")
-    assert made.prompt == "Answer the following question.\n\nQuestion: Q?"
-    assert made.answer == "Answer: 1 + 1 = 2. Done. So the answer is 1,002."
-    assert made.reference == {"answer": "1,002"}
-
-
-def test_humaneval() -> None:
-    row = {
-        "prompt": 'def f(x):\n    """Doc."""\n',
-        "canonical_solution": "    return x\n",
-        "test": "t",
-        "entry_point": "f",
-    }
-    made = from_benchmark("humaneval", row, "x")
-    assert made.answer == 'Here is the completed function:\n\n\n```python\ndef f(x):\n    """Doc."""\n    return x\n```'
-    assert made.answer.startswith(made.prefix)
-
-
-def test_mbpp_keeps_imports_and_nested_defaults_in_the_signature() -> None:
-    code = "import re\r\ndef f(a=(1, 2), b=3):\r\n  return 1"
-    made = from_benchmark("mbpp", {"text": "Write f.", "code": code, "test_list": ["assert f() == 1"]}, "x")
-    assert made.prompt == "Complete the following python function.\n\n\nWrite f.\nimport re\ndef f(a=(1, 2), b=3)"
-    assert made.answer.startswith(made.prefix + ":\n  return 1")
-
-
 @pytest.mark.parametrize(
-    ("schema", "row", "message"),
+    "made",
     [
-        ("mmlu", {"question": "?"}, "row x: not in the mmlu schema (KeyError: 'choices')"),
-        ("gsm8k", {"question": "?", "answer": "7"}, "row x: not in the gsm8k schema (KeyError: '#### in `answer`')"),
-        ("squad", {}, "unknown benchmark schema 'squad'; expected one of mmlu, gsm8k, humaneval, mbpp, evol_instruct"),
+        Example("gsm8k", "x", "1+1?", "2"),
+        Example("mbpp", "é", "Schreib f.", "def f(): ...", "def f()", {"test_list": ["assert f()"], "setup": ""}),
     ],
 )
-def test_rows_in_another_schema(schema: str, row: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        from_benchmark(schema, row, "x")
-    assert str(caught.value) == message
+def test_examples_come_back(tmp_path: Path, made: Example) -> None:
+    write_jsonl(tmp_path / "e.jsonl", [made.to_row()])
+    assert read_examples(tmp_path / "e.jsonl") == [made]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +49,21 @@ def test_bad_files_name_the_line(tmp_path: Path, lines: list[str], message: str)
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file of examples"):
         read_examples(tmp_path / "none.jsonl")
+
+
+def test_what_is_trained_on() -> None:
+    train, align = Path("train"), Path("align")
+    assert training_file("train", train, align) == training_file("train", train, None) == train
+    assert training_file("align", train, align) == align
+    with pytest.raises(UserError, match=r"^train_set align needs --align$"):
+        training_file("align", train, None)
+
+
+def test_only_the_first_examples(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    write_jsonl(path, [Example("toy", str(i), "?", "!").to_row() for i in range(3)])
+    assert [e.id for e in read_examples(path, 2)] == ["0", "1"]
+    assert len(read_examples(path, 3)) == len(read_examples(path)) == 3
+    with pytest.raises(UserError) as caught:
+        read_examples(path, 4)
+    assert str(caught.value) == f"{path}: holds 3 examples, num_examples asks for 4"

@@ -1,19 +1,20 @@
-"""What computes: transformers or vLLM behind the same two questions, letter log-probabilities and generation."""
+"""What computes: transformers or vLLM behind the same two questions, next tokens' log-probabilities and generation."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pkt_stages.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BackendName = Literal["hf", "vllm"]
+    from pkt_stages.models.load import ModelRef
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,9 @@ class HfBackend:
 
     def _padded(self, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
         """Prompts to the right edge, the same positions as without padding."""
-        import torch
+        from pkt_stages.models.batches import padded, padding_mask
 
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.ends[0]] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = padded(prompts, self.ends[0], left=True), padding_mask(prompts, left=True)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         device = self._model.device
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
@@ -266,6 +265,30 @@ class VllmBackend:
         tokens: Any = [{"prompt_token_ids": p} for p in prompts]
         outputs = self._llm.generate(tokens, list(asked), use_tqdm=False)
         return [output.outputs[0] for output in outputs]
+
+
+@contextmanager
+def opened(
+    ref: ModelRef, tokenizer: Any, *, backend: str, dtype: str, seed: int, batch_size: int, device: str
+) -> Iterator[Backend]:
+    """A model as it lies in its folder or on the hub, ready to answer within the context.
+
+    Args:
+        seed: of the engine, for vllm.
+        device: for hf.
+
+    Raises:
+        UserError: it cannot be loaded, or as VllmBackend.
+    """
+    from pkt_stages.models.load import identity, load_model
+
+    if backend == "hf":
+        yield HfBackend(load_model(ref, dtype=dtype, device=device), tokenizer, batch_size=batch_size)
+        return
+    name = "{name}@{revision}".format(**identity(ref))
+    how: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "seed": seed}
+    with closing(VllmBackend(ref.location, tokenizer, identity=name, revision=ref.revision, **how)) as vllm:
+        yield vllm
 
 
 # What a machine needs, and no result depends on but for rounding.

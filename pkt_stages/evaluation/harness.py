@@ -24,7 +24,7 @@ from pkt_stages.scratch import Batches, fingerprint
 T = TypeVar("T")
 
 
-class Adapter(LM):  # type: ignore[misc]
+class HarnessModel(LM):  # type: ignore[misc]
     """Answers the harness's requests with a backend."""
 
     def __init__(self, backend: Backend, template: Template, seed: int, scratch: Path | None, facts: Any) -> None:
@@ -147,12 +147,12 @@ def continuation_tokens(tokenizer: Any, context: str, continuations: Sequence[st
         if whole[:-1] != before:
             shown = f"{whole[len(before) :]}" if whole[: len(before)] == before else "a change of the tokens before it"
             raise UserError(
-                f"letter {continuation!r} after {context[-20:]!r}: expected one token, found {shown};"
+                f"choice {continuation!r} after {context[-20:]!r}: expected one token, found {shown};"
                 " this tokenizer needs another forced prefix"
             )
         added.append(whole[-1])
     if len(set(added)) != len(added):
-        raise UserError(f"letters {list(continuations)}: expected distinct tokens, found {added}")
+        raise UserError(f"choices {list(continuations)}: expected distinct tokens, found {added}")
     return added
 
 

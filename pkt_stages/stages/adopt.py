@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,41 +16,42 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.sandbox.levels import LEVELS
-from pkt_stages.examples import TASKS
-from pkt_stages.options import Stopwatch
-from pkt_stages.params import read_section
+from pkt_stages.evaluation.settings import EvaluateParams
+from pkt_stages.options import Stopwatch, with_params
 
 
-def run(metrics: Mapping[str, Any], task: str, section: Mapping[str, Any]) -> str | None:
+def run(metrics: Mapping[str, Any], task: str, params: EvaluateParams) -> str | None:
     """What keeps these metrics from being this profile's, or None.
 
     Args:
-        section: `evaluate` of the params file, for the task. `auto` leaves the dtype to the checkpoint.
+        params: this profile's settings for the task. A dtype of `auto` is whatever the checkpoint has.
 
     Raises:
         KeyError, TypeError, ValueError: these are no metrics of `pkt evaluate`.
     """
     if metrics["task"] != task:
         return f"is of task {metrics['task']!r}, not {task}"
-    settings = dict(metrics["settings"])
-    level, floor = settings.pop("sandbox", None), section.get("sandbox_floor")
-    if level is not None and (floor is None or LEVELS.index(level) > LEVELS.index(floor)):
+    made, wanted = dict(metrics["settings"]), asdict(params)
+    level = made.pop("sandbox", None)
+    if level is not None and LEVELS.index(level) > LEVELS.index(params.sandbox_floor):
+        floor = params.sandbox_floor
         return f"was made in a sandbox of level {level}, this profile's `evaluate` says sandbox_floor {floor}"
-    for name, value in settings.items():
-        if name not in section:
-            return f"was made with {name} {value}, this profile's `evaluate` says nothing of it"
-        if section[name] != value and (name, section[name]) != ("dtype", "auto"):
-            return f"was made with {name} {value}, this profile's `evaluate` says {section[name]}"
-    if section.get("limit") is not None and metrics["n"] != section["limit"]:
-        return f"has {metrics['n']} examples, this profile's `evaluate` says limit {section['limit']}"
+    for name, value in made.items():
+        if name not in wanted:
+            return f"was made with {name} {value}, which is no setting of `evaluate` here"
+        if wanted[name] != value and (name, wanted[name]) != ("dtype", "auto"):
+            return f"was made with {name} {value}, this profile's `evaluate` says {wanted[name]}"
+    if params.limit is not None and metrics["n"] != params.limit:
+        return f"has {metrics['n']} examples, this profile's `evaluate` says limit {params.limit}"
     return None
 
 
+@with_params("evaluate", EvaluateParams)
 def adopt(
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
+    params: EvaluateParams,
+    task: Annotated[str, typer.Option(help="Task of the evaluation.")],
     metrics_in: Annotated[Path, typer.Option(help="Metrics that another profile's `pkt evaluate` wrote (JSON).")],
     out: Annotated[Path, typer.Option(help="Where to write them.")],
-    params: Annotated[Path, typer.Option(help="This profile's params file; its `evaluate` must agree.")],
 ) -> None:
     """Take over a shared model's evaluation from another profile, if it was made with the same settings."""
     watch = Stopwatch()
@@ -59,9 +61,8 @@ def adopt(
         raise UserError(f"{metrics_in}: no such metrics; run the profile that makes them") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{metrics_in}: not readable metrics ({error})") from None
-    section = read_section(params, "evaluate", task)
     try:
-        problem = run(metrics, task, section)
+        problem = run(metrics, task, params)
         what = f"{task} {metrics['score']:.1f} % of {metrics['model']['name']}"
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{metrics_in}: expected metrics that `pkt evaluate` wrote") from None

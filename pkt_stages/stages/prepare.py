@@ -10,17 +10,19 @@ file, and left out of the train set.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pkt_stages import hub
+from pkt_stages import hub, tasks
 from pkt_stages.errors import UserError
-from pkt_stages.examples import TASKS, Example, from_benchmark, read_examples, read_rows, write_rows
+from pkt_stages.examples import Example, read_examples, read_jsonl, write_jsonl
 from pkt_stages.options import Stopwatch, option, with_params
 from pkt_stages.progress import track
+from pkt_stages.tasks import Task
 
 SETS = ("extract", "align", "train", "transfer")
 
@@ -29,18 +31,32 @@ SETS = ("extract", "align", "train", "transfer")
 class PrepareParams:
     """How many examples each set holds."""
 
-    extract: int = option(32, "Examples to locate neurons with, also LaTen's largest number of steps.")
-    align: int = option(80, "Examples to align with, those held out for the choice of the step among them.")
-    train: int = option(1000, "Examples for fine-tuning.")
-    transfer: int = option(3, "Unseen examples whose rows LaTen injects in the end.")
-    test: int | None = option(None, "Test examples, drawn by seed; none means all.")
-    max_chars: int | None = option(None, "Pool examples longer than this (prompt and answer, characters) are left out.")
+    extract: int = option(32, "Examples to locate neurons with, also LaTen's largest number of steps.", ge=1)
+    align: int = option(80, "Examples to align with, those held out for the choice of the step among them.", ge=1)
+    train: int = option(1000, "Examples for fine-tuning.", ge=1)
+    transfer: int = option(3, "Unseen examples whose rows LaTen injects in the end.", ge=1)
+    test: int | None = option(None, "Test examples, drawn by seed; none means all.", ge=1)
+    max_chars: int | None = option(
+        None, "Pool examples longer than this (prompt and answer, characters) are left out.", ge=1
+    )
     seed: int = option(0, "Seed of the draw.")
 
-    def __post_init__(self) -> None:
-        for name in SETS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+def run(given: Mapping[str, list[Example]], params: PrepareParams) -> dict[str, list[Example]]:
+    """The sets with their examples, `test` last.
+
+    Args:
+        given: the pools `train` and `test`; or, with `extract` among them, a team's own sets and the pool `test`.
+
+    Raises:
+        UserError: a pool or a set is too small, or two sets overlap.
+    """
+    test = given["test"]
+    if "extract" in given:
+        sets = split({name: given[name] for name in SETS if name in given}, test, params)
+    else:
+        sets = draw(given["train"], test, params)
+    return sets | {"test": draw_test(test, params)}
 
 
 def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:
@@ -114,25 +130,24 @@ def _unlike(pool: list[Example], test: list[Example]) -> list[Example]:
     return unique
 
 
-def read_pool(folder: Path, pool: str, task: str) -> list[Example]:
+def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
     """A pool's examples: from its file of benchmark rows, else from the hub as the folder's `hub.yaml` says.
 
     Raises:
         UserError: neither is there, or a row does not fit.
     """
-    file = folder / f"{pool}.jsonl"
-    if file.is_file() or not (folder / hub.POINTER).is_file():
-        return [from_benchmark(task, row, f"{task}_{pool}_{n}") for n, row in read_rows(file)]
-    rows = hub.read_data_pointer(folder / hub.POINTER, pool)
-    schema = rows.schema or task
-    numbered = enumerate(track(hub.read_hub_rows(rows), f"{task}: {pool} rows"), start=1)
-    return [from_benchmark(schema, row, f"{task}_{pool}_{n}") for n, row in numbered]
+    file, pointer = folder / f"{pool}.jsonl", folder / hub.POINTER
+    if file.is_file() or not pointer.is_file():
+        return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in read_jsonl(file)]
+    split = hub.read_data_pointer(pointer, pool)
+    numbered = enumerate(track(hub.read_hub_rows(split), f"{task.name}: {pool} rows"), start=1)
+    return [task.example(row, f"{task.name}_{pool}_{n}", split.schema) for n, row in numbered]
 
 
 @with_params("prepare", PrepareParams)
 def prepare(
     params: PrepareParams,
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
+    task: Annotated[str, typer.Option(help="Name of a task: a folder of pkt_stages/tasks.")],
     data: Annotated[
         Path,
         typer.Option(
@@ -145,16 +160,15 @@ def prepare(
 ) -> None:
     """Turn a benchmark's rows into prompts and draw the example sets."""
     watch = Stopwatch()
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    its = tasks.load(task)
+    given: dict[str, list[Example]] = {}
     if (data / "extract.jsonl").is_file():
         names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
-        test = read_pool(data, "test", task)
-        sets = split({name: read_examples(data / f"{name}.jsonl") for name in names}, test, params)
-    else:
-        pool, test = (read_pool(data, name, task) for name in ("train", "test"))
-        sets = draw(pool, test, params)
-    sets["test"] = draw_test(test, params)
+        given = {name: read_examples(data / f"{name}.jsonl") for name in names}
+    for name in ("train", "test"):
+        if name not in given:
+            given[name] = read_pool(data, name, its)
+    sets = run(given, params)
     for name, examples in sets.items():
-        write_rows(out / f"{name}.jsonl", [example.to_row() for example in examples])
+        write_jsonl(out / f"{name}.jsonl", [example.to_row() for example in examples])
     watch.summary("prepare", ", ".join(f"{len(examples)} {name}" for name, examples in sets.items()), out)

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pkt_stages.artifacts import write_json
-from pkt_stages.params import read_section
+from pkt_stages.evaluation.settings import EvaluateParams
+from pkt_stages.params import build, read_settings
 from pkt_stages.stages.adopt import run
 
 Run = Callable[..., tuple[int, str, str]]
@@ -22,16 +24,17 @@ METRICS: dict[str, Any] = {
 }
 
 
-SECTION = {"backend": "hf", "dtype": "float16", "max_new_tokens": 8, "template": "chat"}
+PARAMS = EvaluateParams(dtype="float16", max_new_tokens=8)
 
 
 @pytest.mark.parametrize(
-    ("settings", "section", "problem"),
+    ("settings", "changes", "problem"),
     [
         ({}, {}, None),
         ({}, {"dtype": "auto"}, None),
         ({}, {"max_new_tokens": 16}, "was made with max_new_tokens 8, this profile's `evaluate` says 16"),
-        ({"top_p": 0.9}, {}, "was made with top_p 0.9, this profile's `evaluate` says nothing of it"),
+        ({"top_p": 0.9}, {}, "was made with top_p 0.9, this profile's `evaluate` says 1.0"),
+        ({"top_k": 9}, {}, "was made with top_k 9, which is no setting of `evaluate` here"),
         ({}, {"limit": 4}, "has 5 examples, this profile's `evaluate` says limit 4"),
         ({"sandbox": "sandlock"}, {"sandbox_floor": "rlimits"}, None),
         (
@@ -41,27 +44,27 @@ SECTION = {"backend": "hf", "dtype": "float16", "max_new_tokens": 8, "template":
         ),
     ],
 )
-def test_settings_must_agree(settings: dict[str, Any], section: dict[str, Any], problem: str | None) -> None:
+def test_settings_must_agree(settings: dict[str, Any], changes: dict[str, Any], problem: str | None) -> None:
     metrics = METRICS | {"settings": METRICS["settings"] | settings}
-    assert run(metrics, "gsm8k", SECTION | section) == problem
+    assert run(metrics, "gsm8k", replace(PARAMS, **changes)) == problem
 
 
 def test_another_task() -> None:
-    assert run(METRICS, "mmlu", SECTION) == "is of task 'gsm8k', not mmlu"
+    assert run(METRICS, "mmlu", PARAMS) == "is of task 'gsm8k', not mmlu"
 
 
 @pytest.mark.parametrize("task", ["mmlu", "gsm8k", "humaneval", "mbpp"])
 def test_the_default_profile_would_adopt_its_own(task: str) -> None:
-    section = read_section(ROOT / "params.yaml", "evaluate", task)
+    params = build(EvaluateParams, read_settings(ROOT / "params.yaml", "evaluate", task=task), "params.yaml")
     metrics = json.loads((ROOT / f"results/tiny/evaluate/target-chat/{task}.json").read_text())
-    assert run(metrics, task, section) is None
+    assert run(metrics, task, params) is None
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"task": "gsm8k"}', '{"task": "gsm8k", "settings": 3}'])
 def test_what_is_no_metrics(pkt: Run, tmp_path: Path, content: str) -> None:
     (tmp_path / "theirs.json").write_text(content)
     params = tmp_path / "params.yaml"
-    params.write_text("evaluate: {backend: hf}\n")
+    params.write_text("evaluate: {backend: hf}\ntask: {gsm8k: {}}\n")
     given = ("--task", "gsm8k", "--metrics-in", tmp_path / "theirs.json", "--params", params)
     status, _, err = pkt("adopt", *given, "--out", tmp_path / "ours.json")
     assert (status, err) == (
@@ -72,7 +75,7 @@ def test_what_is_no_metrics(pkt: Run, tmp_path: Path, content: str) -> None:
 
 def test_the_command(pkt: Run, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text("evaluate:\n  common: {backend: hf, dtype: auto, template: chat}\n  gsm8k: {max_new_tokens: 8}\n")
+    params.write_text("evaluate: {dtype: auto}\ntask: {gsm8k: {evaluate: {max_new_tokens: 8}}}\n")
     write_json(tmp_path / "theirs.json", METRICS)
     given = ("--task", "gsm8k", "--metrics-in", tmp_path / "theirs.json", "--params", params)
     status, printed, err = pkt("adopt", *given, "--out", tmp_path / "ours.json")
@@ -80,7 +83,7 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     assert printed.startswith("adopt: gsm8k 40.0 % of target ->")
     assert json.loads((tmp_path / "ours.json").read_text()) == METRICS
 
-    params.write_text("evaluate: {backend: vllm}\n")
+    params.write_text("evaluate: {backend: vllm, max_new_tokens: 8}\ntask: {gsm8k: {}}\n")
     status, _, err = pkt("adopt", *given, "--out", tmp_path / "other.json")
     assert status == 2 and not (tmp_path / "other.json").exists()
     assert err == (

@@ -13,7 +13,7 @@ from pkt_stages.evaluation.backends import HfBackend
 from pkt_stages.examples import read_examples
 from pkt_stages.models.load import identity, load_model, load_tokenizer, resolve
 from tests.conftest import write_examples
-from tests.stages.transfer_files import options
+from tests.stages.selection_files import options
 
 Run = Callable[..., tuple[int, str, str]]
 ANSWERS = [f"It is {i + 1}." for i in range(5)]
@@ -139,8 +139,9 @@ def test_nothing_but_empty_answers(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["--num-examples", "0"], "options of `generate`: num_examples must be at least 1, found 0"),
         (["--num-examples", "6"], "{train}: holds 5 examples, num_examples asks for 6"),
-        (["--temperature", "-1"], "options of `generate`: temperature must not be negative, found -1.0"),
+        (["--temperature", "-1"], "options of `generate`: temperature must be at least 0, found -1.0"),
         (
             ["--max-new-tokens", "250"],
             "example toy_0: 25 tokens and max_new_tokens 250 are more than the 256 that the source takes;"

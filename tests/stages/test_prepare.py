@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkt_stages.errors import UserError
-from pkt_stages.examples import Example, read_examples, write_rows
+from pkt_stages.examples import Example, read_examples, write_jsonl
 from pkt_stages.stages.prepare import PrepareParams, draw, split
 
 Run = Callable[..., tuple[int, str, str]]
@@ -67,7 +67,7 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name, count in (("train", 20), ("test", 6)):
         rows = [{"question": f"{name} {i}?", "answer": f"Think.\n#### {i}"} for i in range(count)]
-        write_rows(data / f"{name}.jsonl", rows)
+        write_jsonl(data / f"{name}.jsonl", rows)
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2, "--test", 5)
     status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
     assert status == 0, err
@@ -76,10 +76,26 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     assert all(e.prefix == "Answer:" and e.reference["answer"].isdigit() for e in test)
 
     status, _, err = pkt("prepare", "--task", "arc", "--data", data, "--out", tmp_path / "out")
-    assert (status, err) == (2, "pkt: error: unknown task 'arc'; expected one of mmlu, gsm8k, humaneval, mbpp\n")
+    assert (status, err) == (2, "pkt: error: unknown task 'arc'; expected one of gsm8k, humaneval, mbpp, mmlu\n")
     status, _, err = pkt("prepare", "--task", "mbpp", "--data", data, "--out", tmp_path / "out")
     assert status == 2
     assert "row mbpp_train_1: not in the mbpp schema (KeyError: 'code')" in err
+    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", "--test", 0)
+    assert (status, err) == (2, "pkt: error: options of `prepare`: test must be at least 1, found 0\n")
+
+
+def test_a_task_has_counts_of_its_own(pkt: Run, tmp_path: Path) -> None:
+    for name, count in (("train", 20), ("test", 6)):
+        rows = [{"question": f"{name} {i}?", "answer": f"Think.\n#### {i}"} for i in range(count)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    params = tmp_path / "params.yaml"
+    params.write_text("prepare: {extract: 2, align: 3, train: 9, transfer: 1}\ntask: {gsm8k: {prepare: {train: 8}}}\n")
+    given = ("prepare", "--params", params, "--data", tmp_path, "--out", tmp_path / "out")
+    status, printed, err = pkt(*given, "--task", "gsm8k")
+    assert status == 0, err
+    assert printed.startswith("prepare: 2 extract, 3 align, 8 train, 1 transfer, 6 test ->")
+    status, _, err = pkt(*given, "--task", "mmlu")
+    assert (status, err) == (2, f"pkt: error: {params}: no task 'mmlu' in `task`; found gsm8k\n")
 
 
 def own_sets() -> dict[str, list[Example]]:
@@ -116,8 +132,8 @@ def test_own_sets_that_are_too_small_or_overlap() -> None:
 def test_the_command_on_own_sets(pkt: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name, examples in own_sets().items():
-        write_rows(data / f"{name}.jsonl", [e.to_row() for e in examples])
-    write_rows(data / "test.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)])
+        write_jsonl(data / f"{name}.jsonl", [e.to_row() for e in examples])
+    write_jsonl(data / "test.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)])
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
     status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
     assert status == 0, err
@@ -132,7 +148,8 @@ def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.Mo
     def load_dataset(repo: str, config: str | None, *, split: str, revision: str) -> list[dict[str, str]]:
         asked.append((repo, config, split, revision))
         if split == "test":
-            return [{"question": f"test {i}?", "answer": f"#### {i}"} for i in range(3)]
+            rest = {"canonical_solution": "    pass", "test": "", "entry_point": "f"}
+            return [{"prompt": f"def f{i}():\n", **rest} for i in range(3)]
         return [{"instruction": f"Do {i}.", "output": f"Done {i}."} for i in range(19)]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -144,17 +161,17 @@ def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.Mo
         f"test: {{repo: o/test, config: c, split: test, revision: '{commit}'}}\n"
     )
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
-    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    status, _, err = pkt("prepare", "--task", "humaneval", "--data", data, "--out", tmp_path / "out", *counts)
     assert status == 0, err
     assert asked == [("o/pool", None, "train", "main"), ("o/test", "c", "test", commit)]
     assert err == "pkt: warning: o/pool at revision main may change; `pkt pin` writes its commit down\n"
     assert {e.answer.split()[0] for e in read_examples(tmp_path / "out/train.jsonl")} == {"Done"}
 
     (data / "hub.yaml").write_text("train: {repo: o/pool, split: train}\n")
-    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    status, _, err = pkt("prepare", "--task", "humaneval", "--data", data, "--out", tmp_path / "out", *counts)
     assert (status, err) == (2, f"pkt: error: {data / 'hub.yaml'}: train: key 'revision' is missing\n")
     (data / "hub.yaml").write_text("test: {}\n")
-    status, _, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    status, _, err = pkt("prepare", "--task", "humaneval", "--data", data, "--out", tmp_path / "out", *counts)
     assert (status, err) == (
         2,
         f"pkt: error: {data / 'hub.yaml'}: expected a mapping `train` with repo, split and revision, found"

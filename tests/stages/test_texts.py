@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pkt_stages.examples import write_rows
+from pkt_stages.examples import write_jsonl
 from pkt_stages.stages.texts import run
 
 Run = Callable[..., tuple[int, str, str]]
@@ -19,7 +19,7 @@ def test_headings_and_blanks_are_no_texts() -> None:
 
 
 def test_the_command(pkt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path / "own/texts.jsonl", [{"text": "One."}, {"text": " = Two = "}, {"text": "Three."}])
+    write_jsonl(tmp_path / "own/texts.jsonl", [{"text": "One."}, {"text": " = Two = "}, {"text": "Three."}])
     status, printed, err = pkt("texts", "--data", tmp_path / "own", "--out", tmp_path / "o.jsonl")
     assert status == 0, err
     assert printed.startswith("texts: 2 texts of 3 rows ->")
