@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.options import Stopwatch, option, with_params
-
-if TYPE_CHECKING:
-    from pkt_stages.artifacts import Artifact
+from pkt_stages.options import Model, Stopwatch, option, with_params
 
 SITE = {"ffn": "ffn_down", "attn": "attn_o"}
 
@@ -25,16 +23,13 @@ SITE = {"ffn": "ffn_down", "attn": "attn_o"}
 class NeuronsParams:
     """Settings of the table."""
 
-    num_examples: int = option(2, "Examples shown, the first that were attributed.")
-    num_neurons: int = option(5, "Neurons shown per example and module; the attribution keeps its num_top best.")
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "num_neurons"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+    num_examples: int = option(2, "Examples shown, the first that were attributed.", ge=1)
+    num_neurons: int = option(
+        5, "Neurons shown per example and sublayer; the attribution keeps its num_top best.", ge=1
+    )
 
 
-def run(attribution: Artifact, tokenizer: Any, params: NeuronsParams) -> list[dict[str, Any]]:
+def run(attribution: artifacts.Artifact, tokenizer: Any, params: NeuronsParams) -> list[dict[str, Any]]:
     """The table's rows by example: `id`, `predicted` and `neurons`.
 
     Raises:
@@ -47,17 +42,17 @@ def run(attribution: Artifact, tokenizer: Any, params: NeuronsParams) -> list[di
         if wanted > have:
             raise UserError(f"{attribution.path}: holds {have}, {name} asks for {wanted}")
     tensors = {
-        module: (attribution[scores[module]], attribution[f"top_neurons.{module}"], attribution[f"top_tokens.{module}"])
-        for module in SITE
+        sublayer: tuple(attribution[n] for n in (name, f"top_neurons.{sublayer}", f"top_tokens.{sublayer}"))
+        for sublayer, name in scores.items()
     }
     found = []
     for example in range(params.num_examples):
         neurons = []
-        for module, (values, where, tokens) in tensors.items():
+        for sublayer, (values, where, tokens) in tensors.items():
             for place, (layer, neuron) in enumerate(where[example, : params.num_neurons].tolist()):
                 neurons.append(
                     {
-                        "site": SITE[module],
+                        "site": SITE[sublayer],
                         "layer": layer,
                         "neuron": neuron,
                         "score": float(values[example, layer, neuron]),
@@ -73,17 +68,15 @@ def run(attribution: Artifact, tokenizer: Any, params: NeuronsParams) -> list[di
 def neurons(
     params: NeuronsParams,
     attribution: Annotated[Path, typer.Option(help="From `pkt attribute`.")],
-    model: Annotated[str, typer.Option(help="The attributed model's folder or hub name, for its tokenizer.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Where to write the table (JSON).")],
-    revision: Annotated[str | None, typer.Option(help="Hub revision (commit hash).")] = None,
 ) -> None:
-    """List the highest-scored neurons of some examples with the tokens they stand for."""
-    from pkt_stages import artifacts
+    """List the highest-scored neurons of some examples with the tokens they stand for; the model is the attributed."""
     from pkt_stages.models.load import identity, load_tokenizer, resolve
 
     watch = Stopwatch()
-    ref = resolve(model, revision)
-    found = artifacts.load(attribution, "attribution")
+    ref = resolve(model)
+    found = artifacts.load(attribution, artifacts.ATTRIBUTION)
     if found.meta["model"] != identity(ref):
         raise UserError(f"{attribution}: made from {found.meta['model']['name']}, {model} is another model")
     table = run(found, load_tokenizer(ref), params)
@@ -93,4 +86,4 @@ def neurons(
         for row in example["neurons"]:
             where = f"  {row['site']:8} layer {row['layer']:2} neuron {row['neuron']:5} {row['score']:+.3f} nats"
             typer.echo(where + "  " + " ".join(repr(token) for token in row["tokens"]))
-    watch.summary("neurons", f"{params.num_neurons} per module on {len(table)} examples", out)
+    watch.summary("neurons", f"{params.num_neurons} per sublayer on {len(table)} examples", out)

@@ -23,12 +23,12 @@ def test_one_pass_stores_every_variant(
 ) -> None:
     out = tmp_path / "a.safetensors"
     status, printed, err = pkt(
-        *("attribute", "--model", target_folder, "--examples", extract_file, "--examples", transfer_file),
-        *("--out", out, "--norms", "rms,reference_code", "--coefficients", "all_positions,last_position"),
+        *("attribute", "--model", target_folder, "--extract", extract_file, "--transfer", transfer_file),
+        *("--out", out),
     )
     assert status == 0, err
     assert "attribute: 480 neurons on 5 examples ->" in printed
-    made = artifacts.load(out, "attribution")
+    made = artifacts.load(out, artifacts.ATTRIBUTION)
     assert made.shapes["ffn_scores.rms"] == (5, 3, 96)
     assert made.shapes["attn_scores.reference_code.last_position"] == (5, 3, 64)
     assert [e["set"] for e in made.meta["examples"]] == ["extract"] * 3 + ["transfer"] * 2
@@ -36,8 +36,13 @@ def test_one_pass_stores_every_variant(
     assert made.meta["model"]["revision"].startswith("sha256:")
 
     alone = tmp_path / "b.safetensors"
-    pkt("attribute", "--model", target_folder, "--examples", extract_file, "--out", alone, "--norms", "reference_code")
-    variant = artifacts.load(alone, "attribution")["ffn_scores.reference_code"]
+    given = ("--out", alone, "--norms", "reference_code", "--coefficients", "all_positions")
+    assert pkt("attribute", "--model", target_folder, "--extract", extract_file, *given)[0] == 0
+    found = artifacts.load(alone, artifacts.ATTRIBUTION)
+    assert {name for name in found.shapes if name.startswith("attn_scores")} == {
+        "attn_scores.reference_code.all_positions"
+    }
+    variant = found["ffn_scores.reference_code"]
     assert torch.allclose(variant, made["ffn_scores.reference_code"][:3], atol=1e-6)
 
     where, tokens = made["top_neurons.ffn"], made["top_tokens.ffn"]
@@ -57,7 +62,7 @@ def test_equal_bytes_from_two_processes(target_folder: Path, extract_file: Path,
             "attribute",
             "--model",
             target_folder,
-            "--examples",
+            "--extract",
             extract_file,
         ]
         subprocess.run([*command, "--out", out], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
@@ -91,9 +96,11 @@ def truncated_model(folder: Path, to: Path) -> Path:
     ("options", "message"),
     [
         ({"--model": "nowhere"}, "nowhere: no such folder, and not a hub name of the form owner/name"),
-        ({"--examples": "none.jsonl"}, "none.jsonl: no such file of examples"),
+        ({"--extract": "none.jsonl"}, "none.jsonl: no such file of examples"),
         ({"--device": "tpu0"}, "device 'tpu0' cannot be used here"),
         ({"--device": "cuda"}, "device 'cuda' cannot be used here"),
+        ({"--num-top": "0"}, "options of `attribute`: num_top must be at least 1, found 0"),
+        ({"--tolerance-nats": "-1"}, "options of `attribute`: tolerance_nats must be at least 0, found -1.0"),
         ({"--norms": "l2"}, "options of `attribute`: norms: expected one of rms, reference_code, found 'l2'"),
         ({"--norms": "rms,rms"}, "options of `attribute`: norms and coefficients may not repeat an entry"),
         ({"--params": "none.yaml"}, "none.yaml: no such params file"),
@@ -102,7 +109,7 @@ def truncated_model(folder: Path, to: Path) -> Path:
 def test_bad_options(
     pkt: Run, target_folder: Path, extract_file: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
-    given = {"--model": target_folder, "--examples": extract_file, "--out": tmp_path / "a.safetensors"} | options
+    given = {"--model": target_folder, "--extract": extract_file, "--out": tmp_path / "a.safetensors"} | options
     status, _, err = pkt("attribute", *(part for pair in given.items() for part in pair))
     assert status == 2
     assert err.startswith(f"pkt: error: {message}")
@@ -135,7 +142,7 @@ def test_bad_models(
     message: str,
 ) -> None:
     model = make(target_folder, tmp_path / "model")
-    status, _, err = pkt("attribute", "--model", model, "--examples", extract_file, "--out", tmp_path / "a.safetensors")
+    status, _, err = pkt("attribute", "--model", model, "--extract", extract_file, "--out", tmp_path / "a.safetensors")
     assert status == 2
     lines = [line for line in err.splitlines() if line.startswith("pkt: error: ")]
     assert len(lines) == 1
@@ -145,5 +152,5 @@ def test_bad_models(
 
 def test_an_answer_with_no_useful_token_is_named(pkt: Run, target_folder: Path, tmp_path: Path) -> None:
     examples = write_examples(tmp_path / "extract.jsonl", ["It is 1.", "..."])
-    status, _, err = pkt("attribute", "--model", target_folder, "--examples", examples, "--out", tmp_path / "a")
+    status, _, err = pkt("attribute", "--model", target_folder, "--extract", examples, "--out", tmp_path / "a")
     assert (status, err) == (2, "pkt: error: example toy_1: its answer '...' holds no useful token\n")

@@ -10,16 +10,28 @@ import torch
 
 from pkt_stages.encoding import Encoded, encode
 from pkt_stages.examples import read_examples
-from pkt_stages.models import training
+from pkt_stages.models import trainer
 from pkt_stages.models.distillation import collate_with_prompts
 from pkt_stages.models.load import load_model, load_tokenizer, resolve
+from pkt_stages.stages.distill import DistillParams
 from tests.conftest import make_model, write_examples
-from tests.stages.transfer_files import options
+from tests.stages.selection_files import options
 
 Run = Callable[..., tuple[int, str, str]]
 ANSWERS = ["It is 1.", "A far longer answer.", "3", "It is 4.", "5", "It is 6."]
 SETTINGS = ["--method", "m", "--epochs", "2", "--batch-size", "3", "--rank", "4", "--lr", "1e-2", "--max-length", "128"]
-SETTINGS += ["--max-new-tokens", "6", "--micro-batch-size", "2"]
+SETTINGS += [
+    "--max-new-tokens",
+    "6",
+    "--micro-batch-size",
+    "2",
+    "--train-set",
+    "train",
+    "--seeds",
+    "0",
+    "--dropout",
+    "0",
+]
 
 
 @pytest.fixture
@@ -138,6 +150,19 @@ def test_it_learns_and_the_adapter_fits_the_untouched_target(objective: str, pkt
     assert sum(tokens) / len(tokens) < (losses[-1] + 0.3 if objective == "kd" else losses[0])
 
 
+def test_it_trains_on_the_align_set_unless_told_otherwise(pkt: Run, paths: dict[str, Path], tmp_path: Path) -> None:
+    settings = ["--train-set", "align", "--epochs", "1"]
+    status, _, err = distill(pkt, paths, *settings)
+    assert (status, err) == (2, "pkt: error: train_set align needs --align\n")
+    align = write_examples(tmp_path / "align.jsonl", ANSWERS[:3])
+    status, _, err = distill(pkt, {**paths, "align": align}, *settings)
+    assert status == 0, err
+    found = json.loads(paths["metrics"].read_text())
+    assert found["num_examples"] == 3
+    assert [found[side]["name"] for side in ("source", "target")] == ["source", "target"]
+    assert DistillParams() == DistillParams(train_set="align", batch_size=16, lr=1e-5, epochs=5, dropout=0.05)
+
+
 @pytest.mark.parametrize("objective", ["kd", "gkd"])
 def test_an_interrupted_run_ends_in_the_same_bytes(
     objective: str, pkt: Run, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,18 +170,18 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     settings = ["--objective", objective, "--epochs", "3", "--dropout", "0.1"]
     assert distill(pkt, paths, *settings)[0] == 0
     again = {**paths, **{name: tmp_path / "again" / name for name in ("out", "metrics", "scratch")}}
-    step_end = training._Watch.on_step_end
+    step_end = trainer._Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 4:
             raise InterruptedError
         step_end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._Watch, "on_step_end", stop)
+    monkeypatch.setattr(trainer._Watch, "on_step_end", stop)
     with pytest.raises(InterruptedError):
         distill(pkt, again, *settings)
-    assert [p.parent.name for p in again["scratch"].rglob(training._WHOLE)] == ["checkpoint-2", "checkpoint-3"]
-    monkeypatch.setattr(training._Watch, "on_step_end", step_end)
+    assert [p.parent.name for p in again["scratch"].rglob(trainer._WHOLE)] == ["checkpoint-2", "checkpoint-3"]
+    monkeypatch.setattr(trainer._Watch, "on_step_end", step_end)
     assert distill(pkt, again, *settings)[0] == 0
     assert contents(again) == contents(paths)
 
@@ -199,7 +224,7 @@ def test_another_vocabulary_is_an_error(pkt: Run, paths: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--beta", "1.5"], "options of `distill`: beta must be from 0 to 1, found 1.5"),
+        (["--beta", "1.5"], "options of `distill`: beta must be at least 0 and at most 1, found 1.5"),
         (["--temperature", "0"], "options of `distill`: temperature must be above 0, found 0.0"),
         (["--objective", "seqkd"], "options of `distill`: objective: expected one of kd, gkd, found 'seqkd'"),
         (

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pkt_stages.examples import from_benchmark, write_rows
+from pkt_stages import tasks
+from pkt_stages.examples import write_jsonl
 from pkt_stages.models.adapters import Adapter, save_adapter
+from pkt_stages.models.changes import Change, DenseDelta, write_changes
+from pkt_stages.models.inject import SparseDelta
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -17,7 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_set(tmp_path: Path) -> Path:
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
     path = tmp_path / "test.jsonl"
-    write_rows(path, [from_benchmark("gsm8k", row, f"q{i}").to_row() for i, row in enumerate(rows)])
+    write_jsonl(path, [tasks.load("gsm8k").example(row, f"q{i}").to_row() for i, row in enumerate(rows)])
     return path
 
 
@@ -42,14 +45,23 @@ def test_metrics_and_predictions(pkt: Run, target_folder: Path, test_set: Path, 
     assert again.read_bytes() == out.read_bytes()
 
 
-def write_delta(path: Path, size: float, example: str | None = None) -> Path:
-    from pkt_stages import artifacts
-    from pkt_stages.models.inject import SparseDelta, delta_tensors
+META = {
+    "command": "inject",
+    "method": "laten",
+    "target": {"name": "target", "revision": "sha256:1"},
+    "source": None,
+    "params": {"inject": {"dtype": "auto"}},
+}
 
-    rows = torch.full((1, 2, 64), size)
-    delta = {"ffn_down": SparseDelta(torch.tensor([0]), torch.tensor([[1, 2]]), rows)}
-    artifacts.save(path, "delta", delta_tensors(delta), {"example": {"id": example}} if example else {})
-    return path
+
+def sparse(size: float) -> dict[str, SparseDelta]:
+    return {"ffn_down": SparseDelta(torch.tensor([0]), torch.tensor([[1, 2]]), torch.full((1, 2, 64), size))}
+
+
+def adapter(seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = (torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator))
+    return Adapter({"model.layers.0.mlp.up_proj": factors}, 2.0)
 
 
 def texts(path: Path) -> dict[str, list[str]]:
@@ -59,61 +71,56 @@ def texts(path: Path) -> dict[str, list[str]]:
     return made
 
 
-def test_several_deltas_are_several_runs(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "deltas"
-    for number, size in ((10, 5.0), (2, 0.5)):
-        write_delta(folder / f"delta_{number}.safetensors", size, f"x{number}")
-    alone = write_delta(tmp_path / "alone.safetensors", 5.0)
+def test_the_changes_of_a_row_are_runs(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    row, alone = tmp_path / "row", tmp_path / "alone"
+    whole = torch.zeros(64, 96)
+    whole[:, [1, 2]] = 5.0
+    same = DenseDelta({"model.layers.0.mlp.down_proj.weight": whole})
+    changes: dict[str, Change] = {"x10": sparse(5.0), "x2": sparse(0.5), "same": same, "seed_0": adapter(0)}
+    write_changes(row, changes, META, {"x2": {"rounding_loss": 0.25}})
     out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
-    status, _, err = pkt(
-        *arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", folder, "--delta", alone
-    )
+    status, printed, err = pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", row)
     assert status == 0, err
-    assert [run["label"] for run in json.loads(out.read_text())["runs"]] == ["x2", "x10", "alone"]
+    assert "on 4 examples, 4 runs ->" in printed
+    metrics = json.loads(out.read_text())
+    assert [run["label"] for run in metrics["runs"]] == list(changes)
+    facts = {"x10": {}, "x2": {"rounding_loss": 0.25}, "same": {}, "seed_0": {}}
+    assert metrics["made"] == {**META, "facts": facts}
+    assert str(tmp_path) not in out.read_text()
     found = texts(predictions)
-    assert list(found) == ["x2", "x10", "alone"]
-    assert found["x2"] != found["x10"]
-    # Equal deltas give equal answers, whatever was merged before.
-    assert found["x10"] == found["alone"]
+    assert list(found) == list(changes)
+    assert found["x2"] != found["x10"] != found["seed_0"]
+    # Equal deltas give equal answers, whatever was merged before and however they are stored.
+    assert found["x10"] == found["same"]
+    write_changes(alone, {"alone": sparse(5.0)}, META)
+    pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", alone)
+    assert texts(predictions) == {"alone": found["x10"]}
     pkt(*arguments(target_folder, test_set, out), "--predictions", predictions)
     assert texts(predictions)["base"] != found["x10"]
+    assert json.loads(out.read_text())["made"] is None
 
 
-def test_deltas_of_every_step_carry_it_in_their_labels(
-    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path
-) -> None:
-    for step in (10, 9):
-        for number in (1, 0):
-            write_delta(tmp_path / "all" / f"step_{step:02d}" / f"delta_{number}.safetensors", 0.1 * step, f"x{number}")
+def test_several_rows_and_bare_changes(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    row = tmp_path / "row"
+    write_changes(row, {"step_09/x": sparse(0.5), "step_10/x": sparse(5.0)}, META)
+    save_adapter(tmp_path / "mine", adapter(1), "target")
     out = tmp_path / "m.json"
-    status, _, err = pkt(*arguments(target_folder, test_set, out), "--delta", tmp_path / "all")
+    given = ("--delta", row, "--delta", tmp_path / "mine", "--delta", row / "delta_0.safetensors")
+    status, _, err = pkt(*arguments(target_folder, test_set, out), *given)
     assert status == 0, err
-    labels = [run["label"] for run in json.loads(out.read_text())["runs"]]
-    assert labels == ["step_09/x0", "step_09/x1", "step_10/x0", "step_10/x1"]
+    metrics = json.loads(out.read_text())
+    assert [run["label"] for run in metrics["runs"]] == ["step_09/x", "step_10/x", "mine", "delta_0"]
+    facts = [{"step_09/x": {}, "step_10/x": {}}, {"mine": {}}, {"delta_0": {}}]
+    assert metrics["made"] == [{**META, "facts": facts[0]}, {"facts": facts[1]}, {**META, "facts": facts[2]}]
 
 
-def test_adapters_of_a_folder_are_runs_by_their_names(
-    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path
-) -> None:
-    for seed in (10, 2):
-        generator = torch.Generator().manual_seed(seed)
-        factors = (torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator))
-        adapter = Adapter({"model.layers.0.mlp.up_proj": factors}, 2.0)
-        save_adapter(tmp_path / "adapters" / f"seed_{seed}", adapter, "target")
-    out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
-    delta = ("--delta", tmp_path / "adapters")
-    status, _, err = pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, *delta)
-    assert status == 0, err
-    both = texts(predictions)
-    assert list(both) == ["seed_2", "seed_10"] and both["seed_2"] != both["seed_10"]
-    pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, *delta[:1], delta[1] / "seed_10")
-    assert texts(predictions) == {"seed_10": both["seed_10"]}
-
-
-def test_two_deltas_with_one_label(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
-    one, two = (write_delta(tmp_path / name / "d.safetensors", 1.0, "same") for name in "ab")
+def test_two_changes_with_one_label(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        write_changes(tmp_path / name, {"same": sparse(1.0)}, META)
+    one, two = (tmp_path / name / "delta_0.safetensors" for name in "ab")
     out = tmp_path / "m.json"
-    status, _, err = pkt(*arguments(target_folder, test_set, out), "--delta", one, "--delta", two)
+    given = ("--delta", tmp_path / "a", "--delta", tmp_path / "b")
+    status, _, err = pkt(*arguments(target_folder, test_set, out), *given)
     assert (status, err) == (2, f"pkt: error: {two}: called 'same' as {one}; evaluate them one by one\n")
 
 
@@ -126,7 +133,11 @@ def test_two_deltas_with_one_label(pkt: Run, target_folder: Path, test_set: Path
             ("--task", "mbpp"),
             "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`",
         ),
-        (("--delta", Path("profiles")), "profiles: a folder without delta_*.safetensors or PEFT adapters"),
+        (
+            ("--delta", Path(__file__).parent),
+            f"{Path(__file__).parent}: a folder without changes.json and no PEFT adapter; expected what a method of the"
+            " table made",
+        ),
     ],
 )
 def test_bad_input(

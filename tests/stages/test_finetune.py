@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,15 +12,18 @@ import pytest
 import torch
 
 from pkt_stages import artifacts
-from pkt_stages.models import training
+from pkt_stages.models import trainer
+from pkt_stages.models.changes import read_changes
 from pkt_stages.models.load import identity, load_model, load_tokenizer, resolve
 from tests.conftest import make_model, write_examples
-from tests.stages.transfer_files import options
+from tests.stages.selection_files import options
 
 Run = Callable[..., tuple[int, str, str]]
 ANSWERS = [f"It is {i + 1}." for i in range(8)]
+SOURCE = {"name": "source", "revision": "sha256:0"}
 # 4 steps an epoch, 12 in all; a checkpoint after every second one.
 SETTINGS = ["--epochs", "3", "--batch-size", "2", "--rank", "4", "--alpha", "8", "--lr", "1e-2", "--max-length", "128"]
+SETTINGS += ["--seeds", "0"]
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def paths(tmp_path: Path) -> dict[str, Path]:
 
 
 def write_submatrices(path: Path, target: Path) -> Path:
-    """Random blocks for the four sites of the target's last two layers, as `pkt seek` writes them."""
+    """Random values for the four sites of the target's layers, as `pkt seek` writes them."""
     model = load_model(resolve(str(target)))
     generator = torch.Generator().manual_seed(3)
     names = {
@@ -44,21 +48,15 @@ def write_submatrices(path: Path, target: Path) -> Path:
         tensors[f"{weight}.corner"] = torch.zeros(3, 2, dtype=torch.int64)
         for layer in range(3):
             shape = model.get_submodule(f"model.layers.{layer}.{name}").weight.shape
-            tensors[f"{weight}.block.{layer}"] = 0.1 * torch.randn(shape, generator=generator)
-    artifacts.save(path, "submatrices", tensors, {"target": {"model": identity(resolve(str(target)))}})
+            tensors[f"{weight}.submatrix.{layer}"] = 0.1 * torch.randn(shape, generator=generator)
+    meta = {"source": {"model": SOURCE}, "target": {"model": identity(resolve(str(target)))}}
+    artifacts.save(path, artifacts.SUBMATRICES, tensors, meta)
     return path
 
 
 def finetune(pkt: Run, target: Path, paths: dict[str, Path], *settings: str) -> tuple[int, str, str]:
     method = [] if "--method" in settings else ["--method", "m"]
     return pkt("finetune", "--target", target, *options(**paths), *method, *SETTINGS, *settings)
-
-
-def seeds(folder: Path, *numbers: int) -> list[str]:
-    """A params file that asks for these seeds."""
-    file = folder / f"seeds_{'_'.join(map(str, numbers))}.yaml"
-    file.write_text(f"finetune: {{seeds: {list(numbers)}}}\nmethods: {{m: {{}}}}\n")
-    return ["--params", str(file)]
 
 
 def contents(paths: dict[str, Path]) -> dict[str, bytes]:
@@ -84,7 +82,7 @@ def test_it_learns_and_the_adapter_fits_the_untouched_target(
 
     curves = tmp_path / "curves"
     status, printed, err = finetune(
-        pkt, target_folder, {**paths, "curves": curves}, "--epochs", "12", "--dropout", "0", *seeds(tmp_path, 0, 3)
+        pkt, target_folder, {**paths, "curves": curves}, "--epochs", "12", "--dropout", "0", "--seeds", "0,3"
     )
     assert status == 0, err
     found = json.loads(paths["metrics"].read_text())
@@ -161,7 +159,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert finetune(pkt, target_folder, paths, *settings)[0] == 0
     again = other(paths, tmp_path / "again")
     steps: list[int] = []
-    step_end = training._Watch.on_step_end
+    step_end = trainer._Watch.on_step_end
 
     def stop_at(last: int) -> None:
         def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,7 +168,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
             steps.append(state.global_step)
             step_end(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(training._Watch, "on_step_end", on_step_end)
+        monkeypatch.setattr(trainer._Watch, "on_step_end", on_step_end)
 
     for last in (1, 8, 11):  # before any checkpoint, after the one of step 6 (within an epoch), after 10
         stop_at(last)
@@ -189,18 +187,18 @@ def test_a_half_written_checkpoint_is_passed_over(
 ) -> None:
     assert finetune(pkt, target_folder, paths)[0] == 0
     again = other(paths, tmp_path / "again")
-    save = training._Watch.on_save
+    save = trainer._Watch.on_save
 
     def on_save(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 6:
             raise InterruptedError
         save(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._Watch, "on_save", on_save)
+    monkeypatch.setattr(trainer._Watch, "on_save", on_save)
     with pytest.raises(InterruptedError):
         finetune(pkt, target_folder, again)
     next(again["scratch"].glob("*/trainer/checkpoint-6/trainer_state.json")).write_text("{")
-    monkeypatch.setattr(training._Watch, "on_save", save)
+    monkeypatch.setattr(trainer._Watch, "on_save", save)
     assert finetune(pkt, target_folder, again)[0] == 0
     assert contents(again) == contents(paths)
 
@@ -210,15 +208,15 @@ def test_a_run_killed_after_its_last_step(
 ) -> None:
     assert finetune(pkt, target_folder, paths, "--init", "pissa")[0] == 0
     again = other(paths, tmp_path / "again")
-    save = training.adapters.save_adapter
+    save = trainer.adapters.save_adapter
 
     def kill(*args: Any, **kwargs: Any) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(training.adapters, "save_adapter", kill)
+    monkeypatch.setattr(trainer.adapters, "save_adapter", kill)
     with pytest.raises(InterruptedError):
         finetune(pkt, target_folder, again, "--init", "pissa")
-    monkeypatch.setattr(training.adapters, "save_adapter", save)
+    monkeypatch.setattr(trainer.adapters, "save_adapter", save)
     assert finetune(pkt, target_folder, again, "--init", "pissa")[0] == 0
     assert contents(again) == contents(paths)
 
@@ -227,30 +225,28 @@ def test_an_added_seed_trains_alone(
     pkt: Run, target_folder: Path, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
-    train = training._train
-    monkeypatch.setattr(training, "_train", lambda seed, *a, **k: (trained.append(seed), train(seed, *a, **k))[1])
-    assert finetune(pkt, target_folder, paths, *seeds(tmp_path, 1))[0] == 0
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", lambda seed, *a, **k: (trained.append(seed), train(seed, *a, **k))[1])
+    assert finetune(pkt, target_folder, paths, "--seeds", "1")[0] == 0
     first = contents(paths)
     # DVC deletes the outputs before it runs a stage again.
-    for path in paths["out"].rglob("*.*"):
-        path.unlink()
+    shutil.rmtree(paths["out"])
     curves = tmp_path / "curves"
-    assert finetune(pkt, target_folder, {**paths, "curves": curves}, *seeds(tmp_path, 0, 1))[0] == 0
+    assert finetune(pkt, target_folder, {**paths, "curves": curves}, "--seeds", "0,1")[0] == 0
     assert trained == [1, 0]
     both = contents(paths)
-    assert {name: both[name] for name in first if name != "metrics"} == {
-        name: value for name, value in first.items() if name != "metrics"
-    }
+    adapter = {name: value for name, value in first.items() if name.startswith("seed_1/")}
+    assert len(adapter) == 2 and {name: both[name] for name in adapter} == adapter
     assert json.loads(both["metrics"])["seeds"]["1"] == json.loads(first["metrics"])["seeds"]["1"]
     assert len((curves / "plots" / "metrics" / "seed_1" / "loss.tsv").read_text().splitlines()) == 13
     # An adapter that was damaged in scratch is made again.
     damaged = next(p for p in paths["scratch"].glob("*/adapter/*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    assert finetune(pkt, target_folder, paths, *seeds(tmp_path, 0, 1))[0] == 0
+    assert finetune(pkt, target_folder, paths, "--seeds", "0,1")[0] == 0
     assert len(trained) == 3 and contents(paths) == both
     del trained[2:]
     # Anything else that changes makes both train again.
-    assert finetune(pkt, target_folder, paths, *seeds(tmp_path, 0, 1), "--lr", "1e-3")[0] == 0
+    assert finetune(pkt, target_folder, paths, "--seeds", "0,1", "--lr", "1e-3")[0] == 0
     assert trained == [1, 0, 0, 1]
 
 
@@ -277,14 +273,37 @@ def test_settings_come_from_section_task_and_method(
 ) -> None:
     file = tmp_path / "params.yaml"
     file.write_text(
-        "finetune:\n  common: {epochs: 9, rank: 3, lr: 1.0e-3}\n  toy: {epochs: 1}\n"
-        "methods:\n  few: {num_examples: 2, init: pissa}\n"
+        "finetune: {epochs: 9, rank: 3, lr: 1.0e-3}\ntask: {toy: {finetune: {epochs: 1}}}\n"
+        "made_by: {finetune: {few: {num_examples: 2, init: pissa}}}\n"
     )
     given = ["--method", "few", "--task", "toy", "--params", str(file), "--batch-size", "2"]
     assert pkt("finetune", "--target", target_folder, *options(**paths), *given)[0] == 0
     found = json.loads(paths["metrics"].read_text())
     assert (found["num_examples"], found["num_steps"], found["method"]) == (2, 1, "few")
     assert {k: found["params"][k] for k in ("init", "epochs", "rank")} == {"init": "pissa", "epochs": 1, "rank": 3}
+
+
+def test_what_is_noted_down_about_a_row(pkt: Run, target_folder: Path, paths: dict[str, Path], tmp_path: Path) -> None:
+    target = identity(resolve(str(target_folder)))
+    assert finetune(pkt, target_folder, paths, "--epochs", "1", "--seeds", "3,0")[0] == 0
+    found = read_changes(paths["out"])
+    assert {key: found.meta[key] for key in ("command", "method", "target", "source")} == {
+        "command": "finetune",
+        "method": "m",
+        "target": target,
+        "source": None,
+    }
+    assert (found.meta["params"]["epochs"], found.meta["params"]["init"]) == (1, "random")
+    assert {label: stored.facts for label, stored in found.items.items()} == {
+        "seed_3": {"seed": 3},
+        "seed_0": {"seed": 0},
+    }
+    config = json.loads((paths["out"] / "seed_0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == target["name"]
+    paths = {**paths, "submatrices": write_submatrices(tmp_path / "sub.safetensors", target_folder)}
+    assert finetune(pkt, target_folder, paths, "--epochs", "1", "--init", "seeking")[0] == 0
+    assert read_changes(paths["out"]).meta["source"] == SOURCE
+    assert json.loads(paths["metrics"].read_text())["source"] == SOURCE
 
 
 def test_a_loss_that_is_not_finite_stops(pkt: Run, target_folder: Path, paths: dict[str, Path]) -> None:
@@ -297,14 +316,18 @@ def test_a_loss_that_is_not_finite_stops(pkt: Run, target_folder: Path, paths: d
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--init", "seeking"], "method m: init seeking needs --submatrices (from `pkt seek`)"),
-        (["--submatrices", "x"], "method m: init random has no use for --submatrices"),
+        (["--init", "seeking"], "init seeking needs --submatrices (from `pkt seek`)"),
+        (["--submatrices", "x"], "init random has no use for --submatrices"),
         (["--init", "svd"], "options of `finetune`: init: expected one of random, pissa, seeking, found 'svd'"),
         (["--num-examples", "9"], "{train}: holds 8 examples, num_examples asks for 9"),
         (["--max-length", "20"], "example toy_0: {tokens} tokens, more than the 20 that are allowed"),
         (
             ["--rank", "40"],
             "rank 40 is larger than a side of model.layers.0.self_attn.v_proj [32, 64]; use at most 32",
+        ),
+        (
+            ["--seeds", "1,1"],
+            "options of `finetune`: seeds must be different numbers, at least one, found [1, 1]",
         ),
         (["--dropout", "1"], "options of `finetune`: dropout must be at least 0 and below 1, found 1.0"),
         (["--lr", "0"], "options of `finetune`: lr must be above 0, found 0.0"),
@@ -324,12 +347,6 @@ def test_bad_settings(settings: list[str], message: str, pkt: Run, target_folder
     assert (status, printed) == (2, "")
     assert err == f"pkt: error: {message.format(train=paths['train'], tokens=tokens)}\n"
     assert not paths["out"].exists() and not paths["metrics"].exists()
-
-
-def test_a_seed_that_stands_twice(pkt: Run, target_folder: Path, paths: dict[str, Path], tmp_path: Path) -> None:
-    file = seeds(tmp_path, 1, 1)
-    _, _, err = finetune(pkt, target_folder, paths, *file)
-    assert err == f"pkt: error: {file[1]}: finetune: seeds must be different numbers from 0, found [1, 1]\n"
 
 
 def test_an_empty_train_file(pkt: Run, target_folder: Path, paths: dict[str, Path]) -> None:
@@ -353,4 +370,7 @@ def test_a_folder_with_other_things_is_kept(pkt: Run, target_folder: Path, paths
     paths["out"].mkdir()
     (paths["out"] / "thesis.tex").write_text("years of work")
     _, _, err = finetune(pkt, target_folder, paths)
-    assert err == f"pkt: error: {paths['out']}: holds thesis.tex, which is no adapter of a seed; give a new folder\n"
+    assert err == (
+        f"pkt: error: {paths['out']}: holds thesis.tex and no changes.json, so it is not ours to"
+        " replace; give a new folder\n"
+    )

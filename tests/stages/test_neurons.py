@@ -13,11 +13,11 @@ def test_the_best_neurons_and_their_tokens(
     pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
 ) -> None:
     scores, out = tmp_path / "scores.safetensors", tmp_path / "n.json"
-    assert pkt("attribute", "--model", target_folder, "--examples", extract_file, "--out", scores)[0] == 0
+    assert pkt("attribute", "--model", target_folder, "--extract", extract_file, "--out", scores)[0] == 0
     given = ("--attribution", scores, "--out", out)
     status, printed, err = pkt("neurons", "--model", target_folder, *given, "--num-neurons", 3)
     assert status == 0, err
-    found = artifacts.load(scores, "attribution")
+    found = artifacts.load(scores, artifacts.ATTRIBUTION)
     table = json.loads(out.read_text())["examples"]
     assert [example["id"] for example in table] == ["toy_0", "toy_1"]
     for place, example in enumerate(table):

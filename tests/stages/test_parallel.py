@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from pkt_stages import artifacts
-from pkt_stages.stages import seek
 from tests.conftest import write_examples
 
 Run = Callable[..., tuple[int, str, str]]
@@ -39,13 +38,13 @@ def commands(source: Path, target: Path, tmp_path: Path, out: Path) -> list[list
     scratch = out / "scratch"
     lora = ("--rank", 4, "--batch-size", 4, "--epochs", 2, "--dropout", 0, "--seeds", 0, "--dtype", "float32")
     given = [
-        ("attribute", "--model", source, "--examples", examples, "--out", out / "a", "--scratch", scratch),
+        ("attribute", "--model", source, "--extract", examples, "--out", out / "a", "--scratch", scratch),
         (
-            *("seek", "--source", source, "--target", target, "--examples", examples, "--scratch", scratch),
+            *("seek", "--source", source, "--target", target, "--extract", examples, "--scratch", scratch),
             *("--out", out / "s", "--metrics", out / "s.json"),
         ),
         (
-            *("cka", "--first", source, "--second", target, "--texts", texts, "--num-texts", 7, "--batch-size", 7),
+            *("compare", "--first", source, "--second", target, "--texts", texts, "--num-texts", 7, "--batch-size", 7),
             *("--out", out / "c", "--metrics", out / "c.json"),
         ),
         (
@@ -75,12 +74,12 @@ def test_two_processes_equal_one(pkt: Run, source_folder: Path, target_folder: P
 
     assert (one / "a").read_bytes() == (two / "a").read_bytes()
 
-    blocks = [json.loads((folder / "s.json").read_text()) for folder in (one, two)]
-    assert blocks[0]["layers"] == blocks[1]["layers"]
-    assert [b["corner"] for b in blocks[0]["blocks"]] == [b["corner"] for b in blocks[1]["blocks"]]
-    assert blocks[1]["layer_sensitivity"] == pytest.approx(blocks[0]["layer_sensitivity"], rel=1e-6)
+    sought = [json.loads((folder / "s.json").read_text()) for folder in (one, two)]
+    assert sought[0]["layers"] == sought[1]["layers"]
+    assert [b["corner"] for b in sought[0]["submatrices"]] == [b["corner"] for b in sought[1]["submatrices"]]
+    assert sought[1]["layer_sensitivity"] == pytest.approx(sought[0]["layer_sensitivity"], rel=1e-6)
 
-    maps = [artifacts.load(folder / "c", "cka").tensors() for folder in (one, two)]
+    maps = [artifacts.load(folder / "c" / "cka.safetensors", artifacts.CKA).tensors() for folder in (one, two)]
     for site, expected in maps[0].items():
         torch.testing.assert_close(maps[1][site], expected, rtol=1e-6, atol=0)
 
@@ -97,7 +96,7 @@ def test_other_commands_run_in_one_process(pkt: Run, monkeypatch: pytest.MonkeyP
     status, _, err = pkt("inspect", "x")
     assert (status, err) == (
         2,
-        "pkt: error: `pkt inspect` runs in one process; torchrun is for attribute, seek, cka, finetune\n",
+        "pkt: error: `pkt inspect` runs in one process; torchrun is for attribute, seek, compare, finetune\n",
     )
 
 
@@ -147,7 +146,7 @@ def test_sensitivity_goes_on_after_a_kill(
     _, whole, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
     _, killed, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
     assert pkt(*whole)[0] == 0
-    monkeypatch.setattr(seek, "Seldom", lambda num_bytes: lambda save: save())
+    monkeypatch.setattr(sensitivity, "Seldom", lambda num_bytes: lambda save: save())
     real, seen = sensitivity.example_losses, []
 
     def losses(model: object, examples: list[object]) -> object:

@@ -12,41 +12,46 @@ import pytest
 import yaml
 
 from pkt_stages.artifacts import write_json
-from tests.reporting.metrics import metrics
+from tests.reporting.metrics import metrics, params
 
 Run = Callable[..., tuple[int, str, str]]
+MADE_BY = {
+    "align": {"laten": {}, "control_random_rows": {"given": "random"}},
+    "grid": {"unaligned_top_pca_random": {}},
+    "finetune": {"postpkt_random": {}},
+}
+STEPS = [{"validation_loss": 1.5}, {"validation_loss": 1.25}]
+ALIGNMENT = {"chosen_step": 2, "validation_loss_without_delta": 2.0, "steps": STEPS, "params": {"steps": 2}}
+
+
+def laten(given: str) -> dict[str, Any]:
+    return {"command": "inject", "params": {"steps": 2, "given": given, "inject": {"dtype": "auto"}}, "facts": {}}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    params = {
-        "profile": "p",
-        "source": ["s"],
-        "target": ["t"],
-        "models": ["s", "t"],
-        "task": ["gsm8k"],
-        "pair_methods": ["laten", "control_random_rows"],
-        "grid_methods": ["unaligned_top_pca_random"],
-        "target_methods": ["postpkt_random"],
-        "aligned_methods": ["laten", "control_random_rows"],
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    write_json(tmp_path / "e/s/gsm8k.json", metrics([1, 1, 1, 1]))
-    write_json(tmp_path / "e/t/gsm8k.json", metrics([1, 0, 0, 1]))
-    write_json(tmp_path / "e/laten/s-t/gsm8k.json", metrics([1, 1, 0, 1], [1, 0, 0, 1]))
-    write_json(tmp_path / "e/control_random_rows/s-t/gsm8k.json", metrics([1, 0, 0, 1], [1, 0, 0, 1]))
-    write_json(tmp_path / "e/unaligned_top_pca_random/s-t/gsm8k.json", metrics([0, 0, 0, 0]))
-    write_json(tmp_path / "e/postpkt_random/t/gsm8k.json", metrics([1, 1, 0, 1], [1, 0, 1, 1]))
-    steps = [{"validation_loss": 1.5}, {"validation_loss": 1.25}]
-    alignment = {"chosen_step": 2, "validation_loss_without_delta": 2.0, "steps": steps}
-    write_json(tmp_path / "a/laten/s-t/gsm8k.json", alignment)
-    write_json(tmp_path / "a/control_random_rows/s-t/gsm8k.json", alignment)
+    write(tmp_path, made_by=MADE_BY)
+    e = tmp_path / "r/evaluate"
+    write_json(e / "s/gsm8k.json", metrics([1, 1, 1, 1]))
+    write_json(e / "t/gsm8k.json", metrics([1, 0, 0, 1]))
+    write_json(e / "laten/s/gsm8k.json", metrics([1, 1, 0, 1], [1, 0, 0, 1], made=laten("selected")))
+    write_json(e / "control_random_rows/s/gsm8k.json", metrics([1, 0, 0, 1], [1, 0, 0, 1], made=laten("random")))
+    grid = {"command": "derive", "params": {"code": "grid", "layers": "top"}, "facts": {}}
+    write_json(e / "unaligned_top_pca_random/s/gsm8k.json", metrics([0, 0, 0, 0], made=grid))
+    tuned = {"command": "finetune", "params": {"init": "random"}, "facts": {}}
+    write_json(e / "postpkt_random/gsm8k.json", metrics([1, 1, 0, 1], [1, 0, 1, 1], made=tuned))
+    for method in MADE_BY["align"]:
+        write_json(tmp_path / f"r/analysis/align/{method}/s/gsm8k.json", ALIGNMENT)
     return tmp_path
+
+
+def write(folder: Path, **changes: Any) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params(**changes), sort_keys=False))
 
 
 def report(pkt: Run, folder: Path) -> tuple[int, str, str]:
     return pkt(
-        *("report", "--params", folder / "params.yaml", "--evaluations", folder / "e", "--alignments", folder / "a"),
+        *("report", "--params", folder / "params.yaml", "--results", folder / "r", "--figures", folder / "figures"),
         *("--html", folder / "r.html", "--table", folder / "r.md", "--out", folder / "r.json"),
     )
 
@@ -55,19 +60,27 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     status, printed, err = report(pkt, inputs)
     assert status == 0, err
     assert "report: 6 rows on 1 tasks, 2 figures ->" in printed
+    assert sorted(path.name for path in (inputs / "figures").iterdir()) == [
+        "s-t_differences_gsm8k.png",
+        "s-t_loss_laten_gsm8k.png",
+    ]
     page = (inputs / "r.html").read_text()
-    labels = re.findall(r'<th scope="row">(.*?)</th>', page)
-    methods = ["LaTen", "grid top/PCA/random", "LoRA, random init", "LaTen on random rows"]
+    labels = re.findall(r'<th scope="row">(.*?)</th>', page.split("<h2>Settings in force</h2>")[0])
+    methods = ["LaTen", "grid top, pca random", "LoRA, random init", "LaTen on random rows"]
     claims = ["LaTen improves the target", "LaTen beats itself on random rows"]
     # Scores, differences, claims, and LaTen's alignment (not its controls').
     assert labels == ["source: s", "target: t", *methods, "source: s", *methods, *claims, "LaTen, GSM8K"]
     table = (inputs / "r.md").read_text()
     assert "| LaTen                | 2    | 62.5 ±23.9 (17.7) |" in table
+    sections = re.findall(r"\*\*(\w+)\*\*", table)
+    assert sections == ["PrePKT", "PostPKT", "Controls"] * 2
     numbers = json.loads((inputs / "r.json").read_text())["s-t"]
     assert numbers["order"] == ["s", "t", "laten", "unaligned_top_pca_random", "postpkt_random", "control_random_rows"]
     assert numbers["rows"]["laten"]["cells"]["gsm8k"]["versus"]["difference"] == 12.5
     assert numbers["rows"]["t"]["cells"]["gsm8k"]["versus"] is None
-    assert numbers["alignments"]["laten"]["gsm8k"]["validation_loss"] == [1.5, 1.25]
+    assert numbers["alignments"] == {
+        "laten": {"gsm8k": {"chosen_step": 2, "validation_loss_without_delta": 2.0, "validation_loss": [1.5, 1.25]}}
+    }
     (claim,), (control,) = numbers["claims"], numbers["controls"]
     assert claim["claim"] == "LaTen improves the target" and control["claim"] == "LaTen beats itself on random rows"
     assert (claim["tasks"]["gsm8k"]["difference"], claim["tasks"]["gsm8k"]["verdict"]) == (12.5, "not shown")
@@ -75,6 +88,24 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     first = {name: (inputs / name).read_bytes() for name in ("r.html", "r.md", "r.json")}
     report(pkt, inputs)
     assert first == {name: (inputs / name).read_bytes() for name in first}
+
+
+def test_the_page_says_what_was_in_force_and_shows_the_params_file(pkt: Run, inputs: Path) -> None:
+    with (inputs / "params.yaml").open("a") as file:
+        file.write("# why < because\n")
+    assert report(pkt, inputs)[0] == 0
+    said = (inputs / "r.html").read_text().split("<h2>Settings in force</h2>")[1]
+    assert re.findall(r"<h3>(.*?)</h3>(?:\s*<p>(.*?)</p>)?", said) == [
+        ("pkt evaluate", "backend hf, template chat."),
+        ("pkt inject", "inject.dtype auto, steps 2."),
+        ("pkt derive", "code grid, layers top."),
+        ("pkt finetune", "init random."),
+    ]
+    assert re.findall(r'<th scope="row">(.*?)</th><td class="text">(.*?)</td>', said) == [
+        ("LaTen", "given selected"),
+        ("LaTen on random rows", "given random"),
+    ]
+    assert "# why &lt; because" in said
 
 
 def test_the_page_is_self_contained(pkt: Run, inputs: Path) -> None:
@@ -90,65 +121,104 @@ def test_the_page_is_self_contained(pkt: Run, inputs: Path) -> None:
         assert width > 300 and height > 300
 
 
-def test_a_second_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
-    params = yaml.safe_load((inputs / "params.yaml").read_text())
-    params |= {"source": ["s", "t"], "target": ["t2"], "models": ["s", "t", "t2"]}
-    params |= {"pair_methods": [], "aligned_methods": [], "grid_methods": []}
-    (inputs / "params.yaml").write_text(yaml.safe_dump(params))
-    for old in ("e/laten", "e/control_random_rows", "e/unaligned_top_pca_random", "a/laten", "a/control_random_rows"):
-        (inputs / old / "s-t/gsm8k.json").unlink()
-    (inputs / "e/postpkt_random/t").rename(inputs / "e/postpkt_random/t2")
-    write_json(inputs / "e/t2/gsm8k.json", metrics([1, 0, 0, 0]))
+def test_every_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
+    write(inputs, source=["s", "s2"], models=["s", "s2", "t"], made_by=MADE_BY)
+    for below in ("evaluate/laten", "evaluate/control_random_rows", "evaluate/unaligned_top_pca_random"):
+        write_json(inputs / f"r/{below}/s2/gsm8k.json", metrics([1, 0, 0, 1], made=laten("selected")))
+    for method in MADE_BY["align"]:
+        write_json(inputs / f"r/analysis/align/{method}/s2/gsm8k.json", ALIGNMENT)
+    write_json(inputs / "r/evaluate/s2/gsm8k.json", metrics([1, 0, 0, 0]))
     status, _, err = report(pkt, inputs)
     assert status == 0, err
     table = (inputs / "r.md").read_text()
     assert table.count("| LoRA, random init") == 4
-    assert "### s to t2, in percent" in table and "### t to t2, in percent" in table
+    assert "### s to t, in percent" in table and "### s2 to t, in percent" in table
+    assert list(json.loads((inputs / "r.json").read_text())) == ["s-t", "s2-t"]
+    assert '<th scope="row">LaTen, from s2</th>' in (inputs / "r.html").read_text()
+
+
+def test_rows_taken_over_stand_in_their_section(pkt: Run, inputs: Path) -> None:
+    """A model is told from a method by what made it: nothing."""
+    made_by = {"align": {"laten": {}}, "finetune_seeking": {"postpkt_seeking": {}}}
+    write(inputs, models=["s"], made_by=made_by, adopted=["t", "postpkt_random"])
+    for old in (
+        "evaluate/control_random_rows",
+        "evaluate/unaligned_top_pca_random",
+        "analysis/align/control_random_rows",
+    ):
+        (inputs / "r" / old / "s/gsm8k.json").unlink()
+    write_json(inputs / "r/evaluate/postpkt_seeking/s/gsm8k.json", metrics([1, 0, 0, 1], made=laten("selected")))
+    status, _, err = report(pkt, inputs)
+    assert status == 0, err
+    numbers = json.loads((inputs / "r.json").read_text())["s-t"]
+    assert numbers["order"] == ["s", "t", "laten", "postpkt_random", "postpkt_seeking"]
+    assert [numbers["rows"][name]["group"] for name in numbers["order"][2:]] == ["PrePKT", "PostPKT", "PostPKT"]
+    assert "<li>t: m at revision unpinned.</li>" in (inputs / "r.html").read_text()
+
+
+@pytest.mark.parametrize("method", ["laten", "control_random_rows"])
+def test_the_curve_of_every_step(pkt: Run, inputs: Path, method: str) -> None:
+    write(inputs, made_by=MADE_BY, every_step=[method])
+    found = metrics([1, 0, 0, 1], [1, 1, 0, 1])
+    for step, run in enumerate(found["runs"], start=1):
+        run["label"] = f"step_{step:02d}/example"
+    write_json(inputs / f"r/evaluate/steps/{method}/s/gsm8k.json", found)
+    status, printed, err = report(pkt, inputs)
+    assert status == 0, err
+    assert "3 figures" in printed and (inputs / f"figures/s-t_steps_{method}_gsm8k.png").is_file()
 
 
 @pytest.mark.parametrize(
-    "missing", ["e/laten/s-t/gsm8k.json", "e/postpkt_random/t/gsm8k.json", "e/s/gsm8k.json", "a/laten/s-t/gsm8k.json"]
+    "missing",
+    ["evaluate/laten/s/gsm8k", "evaluate/postpkt_random/gsm8k", "evaluate/s/gsm8k", "analysis/align/laten/s/gsm8k"],
 )
 def test_a_listed_row_without_metrics_is_an_error(pkt: Run, inputs: Path, missing: str) -> None:
-    (inputs / missing).unlink()
+    (inputs / f"r/{missing}.json").unlink()
     status, _, err = report(pkt, inputs)
     assert status == 2
-    assert f"{missing}: no such metrics; the params list this row, run `dvc repro`" in err
+    assert f"{missing}.json: no such metrics; the params list this row, run `dvc repro`" in err
     assert not (inputs / "r.html").exists()
 
 
 def test_metrics_that_are_not_listed_are_an_error(pkt: Run, inputs: Path) -> None:
-    for path in ("e/old one/s-t/gsm8k.json", "e/old one/s-t/mmlu.json", "e/laten/s2-t/gsm8k.json", "e/s/mmlu.json"):
-        write_json(inputs / path, metrics([0, 0, 0, 0]))
+    e = inputs / "r/evaluate"
+    for path in ("old one/s/gsm8k.json", "old one/s/mmlu.json", "laten/s2/gsm8k.json", "s/mmlu.json"):
+        write_json(e / path, metrics([0, 0, 0, 0]))
     status, _, err = report(pkt, inputs)
     assert status == 2
-    e = inputs / "e"
     assert (
         f"{e}: holds metrics that {inputs}/params.yaml does not list; list their rows (again) or delete them:"
-        f" rm -r {e}/laten/s2-t '{e}/old one' {e}/s/mmlu.json" in err
+        f" rm -r {e}/laten/s2 '{e}/old one' {e}/s/mmlu.json" in err
     )
     assert not (inputs / "r.html").exists()
 
 
 def test_a_stale_alignment_is_an_error(pkt: Run, inputs: Path) -> None:
-    write_json(inputs / "a/s-t/gsm8k.json", {})
+    write_json(inputs / "r/analysis/align/old/gsm8k.json", {})
     status, _, err = report(pkt, inputs)
     assert status == 2
-    assert f"rm -r {inputs}/a/s-t\n" in err
+    assert f"rm -r {inputs}/r/analysis/align/old\n" in err
+
+
+def test_metrics_of_an_older_version_are_one_line(pkt: Run, inputs: Path) -> None:
+    old = metrics([1, 0, 0, 1])
+    del old["made"]
+    write_json(inputs / "r/evaluate/t/gsm8k.json", old)
+    status, _, err = report(pkt, inputs)
+    message = "t/gsm8k.json: not the metrics of this version, 'made' is missing; run `dvc repro`\n"
+    assert (status, err) == (2, f"pkt: error: {inputs}/r/evaluate/{message}")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"source": None}, "source: expected a list with at least one name, found None"),
-        ({"task": []}, "task: expected a list with at least one name, found []"),
-        ({"pair_methods": "laten"}, "pair_methods: expected a list of names, found 'laten'"),
-        ({"target_methods": ["laten"]}, "target_methods: laten is in pair_methods, too; list it once"),
+        ({"task": {}}, "task: expected at least one task, found none"),
+        ({"made_by": {"finetune": {"x": {}}, "distill": {"x": {}}}}, "made_by.distill: x is in made_by.finetune, too"),
     ],
 )
 def test_bad_params(pkt: Run, inputs: Path, change: dict[str, Any], message: str) -> None:
-    params = yaml.safe_load((inputs / "params.yaml").read_text())
-    (inputs / "params.yaml").write_text(yaml.safe_dump(params | change))
+    write(inputs, **change)
     status, _, err = report(pkt, inputs)
     assert status == 2
     assert f"{inputs}/params.yaml: {message}" in err

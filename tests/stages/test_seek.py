@@ -15,36 +15,36 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def seek(pkt: Run, source: Path, target: Path, examples: Path, out: Path, *more: object) -> tuple[int, str, str]:
-    paths = ("--out", out / "blocks.safetensors", "--metrics", out / "seek.json")
-    return pkt("seek", "--source", source, "--target", target, "--examples", examples, *paths, *more)
+    paths = ("--out", out / "submatrices.safetensors", "--metrics", out / "seek.json")
+    return pkt("seek", "--source", source, "--target", target, "--extract", examples, *paths, *more)
 
 
-def test_blocks_are_parts_of_the_sources_weights(
+def test_submatrices_are_parts_of_the_sources_weights(
     pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path
 ) -> None:
     for folder in ("a", "b"):
         status, printed, err = seek(pkt, source_folder, target_folder, extract_file, tmp_path / folder)
         assert status == 0, err
         assert printed.startswith("seek: source layers [")
-    for name in ("blocks.safetensors", "seek.json"):
+    for name in ("submatrices.safetensors", "seek.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    found = artifacts.load(tmp_path / "a" / "blocks.safetensors", "submatrices")
+    found = artifacts.load(tmp_path / "a" / "submatrices.safetensors", artifacts.SUBMATRICES)
     metrics = json.loads((tmp_path / "a" / "seek.json").read_text())
     weights = load_file(source_folder / "model.safetensors")
     layers = found["layers"].tolist()
     assert layers == metrics["layers"] == sorted(set(layers)) and len(layers) == 3 and max(layers) < 4
     assert set(metrics["layer_sensitivity"]) == set(found["layer_sensitivity"].tolist())
-    assert len(metrics["blocks"]) == 12
+    assert len(metrics["submatrices"]) == 12
     shapes = {"ffn_up": (96, 64), "ffn_down": (64, 96), "attn_v": (32, 64), "attn_o": (64, 64)}
-    for block in metrics["blocks"]:
-        row, column = block["corner"]
-        height, width = shapes[block["weight"]]
-        expected = weights[block["name"]][row : row + height, column : column + width]
-        assert torch.equal(found[f"{block['weight']}.block.{block['layer']}"], expected)
-        assert found[f"{block['weight']}.corner"][block["layer"]].tolist() == block["corner"]
-        assert f".{layers[block['layer']]}." in block["name"]
-        # The densest block holds more than its part of the area.
-        assert height * width / weights[block["name"]].numel() < block["share"] <= 1 and 0 <= block["margin"] < 1
+    for part in metrics["submatrices"]:
+        row, column = part["corner"]
+        height, width = shapes[part["weight"]]
+        expected = weights[part["name"]][row : row + height, column : column + width]
+        assert torch.equal(found[f"{part['weight']}.submatrix.{part['layer']}"], expected)
+        assert found[f"{part['weight']}.corner"][part["layer"]].tolist() == part["corner"]
+        assert f".{layers[part['layer']]}." in part["name"]
+        # The densest sub-matrix holds more than its part of the area.
+        assert height * width / weights[part["name"]].numel() < part["share"] <= 1 and 0 <= part["margin"] < 1
 
 
 def test_all_weights_on_request(
@@ -52,10 +52,10 @@ def test_all_weights_on_request(
 ) -> None:
     status, _, err = seek(pkt, source_folder, target_folder, extract_file, tmp_path, "--sites", "all")
     assert status == 0, err
-    found = artifacts.load(tmp_path / "blocks.safetensors", "submatrices")
-    assert found.shapes["embedding.block.0"] == found.shapes["head.block.0"] == (264, 64)
-    assert found.shapes["attn_k.block.2"] == (32, 64) and found.shapes["ffn_gate.block.2"] == (96, 64)
-    assert "head.block.1" not in found.shapes
+    found = artifacts.load(tmp_path / "submatrices.safetensors", artifacts.SUBMATRICES)
+    assert found.shapes["embedding.submatrix.0"] == found.shapes["head.submatrix.0"] == (264, 64)
+    assert found.shapes["attn_k.submatrix.2"] == (32, 64) and found.shapes["ffn_gate.submatrix.2"] == (96, 64)
+    assert "head.submatrix.1" not in found.shapes
 
 
 def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, extract_file: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, extract_f
         (
             narrow,
             (),
-            "ffn_up: the source's 96x48 holds no block of the target's 96x64; swap the two if that was not meant",
+            "ffn_up: the source's 96x48 holds no sub-matrix of the target's 96x64; swap the two if that was not meant",
         ),
         (other, ("--sites", "all"), "embedding: vocabularies of 300 and 264 tokens; use sites paper"),
         (source_folder, ("--max-length", 5), "example toy_0: 34 tokens, more than the 5 that are allowed"),
