@@ -50,4 +50,4 @@ soak: .venv/test
 
 # Rebuild the embedded pair (data, tokenizer, both trainings; hours): docs/tiny.md
 tiny: .venv/run
-	@python -m pkt_stages.tiny
+	@python -m tiny

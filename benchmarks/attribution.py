@@ -37,7 +37,7 @@ def random_model() -> torch.nn.Module:
 
 @torch.no_grad()
 def baseline(model: torch.nn.Module, located: list[Located]) -> list[dict[str, torch.Tensor]]:
-    """Scores [layer, neuron] per example and module, float32, straight from the definition."""
+    """Scores [layer, neuron] per example and sublayer, float32, straight from the definition."""
     sizes = geometry(model.config)
     unembedding, eps = lens(model)
     found = []
@@ -46,15 +46,15 @@ def baseline(model: torch.nn.Module, located: list[Located]) -> list[dict[str, t
         rms = (kept.final.square().mean() + eps).sqrt()
         scores: dict[str, list[torch.Tensor]] = {"ffn": [], "attn": []}
         for layer in range(sizes.num_layers):
-            for module, site, base, c in (
+            for sublayer, site, base, c in (
                 ("attn", "attn_o", kept.layer_input[layer], kept.attn_coefficients[layer]),
                 ("ffn", "ffn_down", kept.layer_input[layer] + kept.attn_output[layer], kept.ffn_coefficients[layer]),
             ):
                 subvalues = as_rows(model.get_parameter(weight_name(layer, site)), site)
                 before = torch.log(torch.softmax(unembedding @ base / rms, -1))[item.predicted]
                 moved = torch.softmax((base + c[:, None] * subvalues) @ unembedding.mT / rms, -1)
-                scores[module].append(torch.log(moved)[:, item.predicted] - before)
-        found.append({module: torch.stack(s) for module, s in scores.items()})
+                scores[sublayer].append(torch.log(moved)[:, item.predicted] - before)
+        found.append({sublayer: torch.stack(s) for sublayer, s in scores.items()})
     return found
 
 
@@ -96,13 +96,13 @@ def main(
     plain = baseline(loaded, located[:baseline_examples])
     plain_each = (time.perf_counter() - start) / baseline_examples
     start = time.perf_counter()
-    tensors, share = run(loaded, located, AttributeParams())
+    tensors, share = run(loaded, located, AttributeParams(norms=("rms",), coefficients=("all_positions",)))
     ours = time.perf_counter() - start
 
     difference = max(
-        float((tensors[name][e] - plain[e][module]).abs().max())
+        float((tensors[name][e] - plain[e][sublayer]).abs().max())
         for e in range(baseline_examples)
-        for module, name in (("ffn", "ffn_scores.rms"), ("attn", "attn_scores.rms.all_positions"))
+        for sublayer, name in (("ffn", "ffn_scores.rms"), ("attn", "attn_scores.rms.all_positions"))
     )
     neurons = sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons)
     directions = 2 * neurons * sizes.d_model * sizes.vocab_size

@@ -1,7 +1,7 @@
 """Seeking's search for the best sub-matrix against a plain double loop, in one run at equal threads.
 
 The loop sums every placement anew, as the published code does. It runs whole at the small size, where both must find
-the same block. At the size of a Llama-2 matrix (13B to 7B) it is timed on some placements and scaled to all: that
+the same sub-matrix. At the size of a Llama-2 matrix (13B to 7B) it is timed on some placements and scaled to all: that
 figure is an extrapolation and is printed as one.
 
     python benchmarks/submatrix.py
@@ -18,16 +18,16 @@ import torch
 import typer
 from torch import Tensor
 
-from pkt_stages.core.sensitivity import best_block
+from pkt_stages.core.sensitivity import submatrix_sums
 
 
 def placements(scores: Tensor, size: int) -> Iterable[tuple[int, int]]:
-    """Rows and columns where a square block may begin, in row-major order."""
+    """Rows and columns where a square sub-matrix may begin, in row-major order."""
     return product(range(scores.shape[0] - size + 1), range(scores.shape[1] - size + 1))
 
 
 def plain_loop(scores: Tensor, size: int, corners: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The first of these corners whose block has the largest sum; sums are float64, as in `best_block`."""
+    """The first of these corners whose sub-matrix has the largest sum; sums are float64, as in `submatrix_sums`."""
     best, where = -1.0, (0, 0)
     for row, column in corners:
         total = float(scores[row : row + size, column : column + size].sum(dtype=torch.float64))
@@ -41,7 +41,8 @@ def vectorised(scores: Tensor, size: int, repeats: int) -> tuple[float, tuple[in
     seconds, corner = float("inf"), (0, 0)
     for _ in range(repeats):
         start = time.perf_counter()
-        corner = best_block(scores, (size, size))
+        sums = submatrix_sums(scores, (size, size))
+        corner = divmod(int(sums.argmax()), sums.shape[1])
         seconds = min(seconds, time.perf_counter() - start)
     return seconds, corner
 
@@ -58,7 +59,7 @@ def main(repeats: int = 5, sampled_placements: int = 50, threads: int = 1) -> No
     loop = time.perf_counter() - start
     assert found == expected, f"found {found}, the loop {expected}"
     print(
-        f"640x640 -> 512x512: loop {loop:.2f} s, vectorised {ours * 1e3:.1f} ms, ratio {loop / ours:.0f}x, same block"
+        f"640x640 -> 512x512: loop {loop:.2f} s, vectorised {ours * 1e3:.1f} ms, ratio {loop / ours:.0f}x, same place"
     )
 
     scores = torch.rand(5120, 5120, generator=draw)

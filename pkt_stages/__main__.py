@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 
@@ -10,64 +11,47 @@ import typer
 
 from pkt_stages import launch, warm
 from pkt_stages.errors import UserError
-from pkt_stages.stages.adopt import adopt
-from pkt_stages.stages.align import align
-from pkt_stages.stages.attribute import attribute
-from pkt_stages.stages.cka import cka
-from pkt_stages.stages.control import control
-from pkt_stages.stages.deltas import deltas
-from pkt_stages.stages.distill import distill
-from pkt_stages.stages.evaluate import evaluate
-from pkt_stages.stages.finetune import finetune
-from pkt_stages.stages.generate import generate
-from pkt_stages.stages.inject import inject
-from pkt_stages.stages.neurons import neurons
-from pkt_stages.stages.prepare import prepare
-from pkt_stages.stages.report import report
-from pkt_stages.stages.seek import seek
-from pkt_stages.stages.select import select
-from pkt_stages.stages.similarity import similarity
-from pkt_stages.stages.texts import texts
-from pkt_stages.stages.unaligned import unaligned
-from pkt_stages.tools.convert import convert
-from pkt_stages.tools.doctor import doctor
-from pkt_stages.tools.inspect import inspect
-from pkt_stages.tools.merge_lock import merge_lock
-from pkt_stages.tools.pin import pin
-from pkt_stages.tools.plan import plan
 from pkt_stages.tools.provenance import check_inputs
-from pkt_stages.tools.sweep import sweep
 
-app = typer.Typer(
-    name="pkt",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Parametric knowledge transfer between language models, as stages: prepare -> attribute (source, target) ->"
-    " select -> align -> inject -> evaluate -> report; seek, finetune and distill make other rows of the table."
-    " `dvc repro` runs them all; each runs alone, too.",
-)
+# Each is a function in the file of its name, in stages or tools.
 STAGES = (
-    *(prepare, texts, attribute, select, align, inject, control, seek, unaligned),
-    *(finetune, generate, distill, evaluate, cka, similarity, deltas, neurons, adopt, report),
+    *("prepare", "texts", "attribute", "select", "align", "inject", "derive", "seek", "finetune", "generate"),
+    *("distill", "evaluate", "adopt", "compare", "neurons", "report", "code"),
 )
-TOOLS = (plan, sweep, pin, convert, inspect, merge_lock, doctor)
-for command in (*STAGES, *TOOLS):
-    app.command()(command)
+TOOLS = ("plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
+
+
+def application(name: str = "") -> typer.Typer:
+    """The commands; only the one of this name, if there is one, as the files of the others take time to import."""
+    app = typer.Typer(
+        name="pkt",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Parametric knowledge transfer between language models, as stages: prepare -> attribute (source, target)"
+        " -> select -> align -> inject -> evaluate -> report; derive, finetune and distill make other rows of the"
+        " table. `dvc repro` runs them all; each runs alone, too.",
+    )
+    app.callback()(lambda: None)  # or else a single command would take no name
+    for command in [name] if name in (*STAGES, *TOOLS) else (*STAGES, *TOOLS):
+        function = command.replace("-", "_")
+        folder = "stages" if command in STAGES else "tools"
+        app.command()(getattr(importlib.import_module(f"pkt_stages.{folder}.{function}"), function))
+    return app
 
 
 def main() -> None:
     """Entry point: a UserError becomes one line, an interrupt a short word; anything else is a bug with a traceback."""
     try:
-        name, stages = "".join(sys.argv[1:2]), [stage.__name__ for stage in STAGES]
-        launch.launch(name, stages)
+        name = "".join(sys.argv[1:2])
+        launch.launch(name, STAGES)
         # Tools work here: `sweep` starts stages of its own, which must find the variable.
-        if name in stages and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
+        if name in STAGES and warm.VARIABLE in os.environ and (status := warm.delegate()) is not None:
             sys.exit(status)
         launch.check_processes(name)
-        if name in stages and os.environ.get("RANK", "0") == "0":
+        if name in STAGES and os.environ.get("RANK", "0") == "0":
             check_inputs(sys.argv[2:])
-        app()
+        application(name)()
     except UserError as error:
         print(f"pkt: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from pkt_stages.quiet import quiet_dvc
+
 Log = Callable[[Mapping[str, Any]], None]
 
 
@@ -21,8 +23,9 @@ def curve_writer(folder: Path | None) -> Iterator[Log]:
     if folder is None:
         yield lambda record: None
         return
-    from dvclive.live import Live
-    from scmrepo.exceptions import SCMError
+    with quiet_dvc():
+        from dvclive.live import Live
+        from scmrepo.exceptions import SCMError
 
     try:
         # dvcyaml and save_dvc_exp off: their defaults rewrite dvc.yaml and make commits.

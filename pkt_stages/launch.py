@@ -16,7 +16,7 @@ from pkt_stages.errors import UserError
 
 VARIABLE = "PKT_LAUNCH"
 # What several processes can work on together (pkt_stages/parallel.py).
-DIVISIBLE = ("attribute", "seek", "cka", "finetune")
+DIVISIBLE = ("attribute", "seek", "compare", "finetune")
 
 
 def launch(command: str, stages: Collection[str]) -> None:

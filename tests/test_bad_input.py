@@ -12,52 +12,60 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pkt_stages import artifacts
 from tests.conftest import make_model, write_examples
 
 Run = Callable[..., tuple[int, str, str]]
 
 # A name, the command line, and the message; {x} are the paths of `world`, {tmp} is where output would go.
 TABLE = [
-    ("no task", "prepare --task chess --data {data} --out {tmp}/o", "unknown task 'chess'; expected one of mmlu, gsm8k, humaneval, mbpp"),
+    ("no task", "prepare --task chess --data {data} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu"),
     ("no data", "prepare --task gsm8k --data {nowhere} --out {tmp}/o", "{nowhere}/train.jsonl: no such file of examples"),
     ("wrong schema", "prepare --task mmlu --data {data} --out {tmp}/o", "row mmlu_train_1: not in the mmlu schema (KeyError: 'choices')"),
-    ("no model", "attribute --model {nowhere} --examples {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name"),
-    ("folder without config", "attribute --model {data} --examples {examples} --out {tmp}/o", "{data}: a folder without config.json; expected a Hugging Face model folder"),
-    ("architecture", "attribute --model {gemma} --examples {examples} --out {tmp}/o", "architecture 'gemma2' is not supported: it normalises each block's output before adding it to the residual stream; supported are llama, mistral, qwen2, qwen3"),
-    ("device", "attribute --model {target} --examples {examples} --out {tmp}/o --device tpu9", "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
-    ("pickle only", "attribute --model {pickled} --examples {examples} --out {tmp}/o", "{pickled}: the model cannot be loaded ("),
-    ("truncated weights", "attribute --model {truncated} --examples {examples} --out {tmp}/o", "{truncated}: the model cannot be loaded ("),
-    ("NaN in weights", "attribute --model {nan} --examples {examples} --out {tmp}/o", "{nan}: weight model.norm.weight holds NaN or infinity; the checkpoint is broken"),
-    ("no examples", "attribute --model {target} --examples {empty} --out {tmp}/o", "{empty}: holds no example; expected one JSON object a line"),
-    ("not JSON", "attribute --model {target} --examples {broken} --out {tmp}/o", "{broken}, line 2: not JSON ("),
-    ("no messages", "attribute --model {target} --examples {rows} --out {tmp}/o", "{rows}, line 1: expected `messages` with one user and one assistant turn, found none"),
-    ("no useful token", "attribute --model {target} --examples {useless} --out {tmp}/o", "example toy_0: its answer '...' holds no useful token"),
-    ("too long", "attribute --model {target} --examples {long} --out {tmp}/o", "example toy_0: "),
-    ("unknown norm", "attribute --model {target} --examples {examples} --out {tmp}/o --norms x", "options of `attribute`: norms: expected one of rms, reference_code, found 'x'"),
-    ("no params file", "attribute --model {target} --examples {examples} --out {tmp}/o --params {nowhere}", "{nowhere}: no such params file"),
-    ("unknown key", "attribute --model {target} --examples {examples} --out {tmp}/o --params {typo}", "{typo}: attribute: unknown key 'norm'; expected one of "),
-    ("section missing", "select --source-scores {scores} --target-scores {scores} --source {target} --out {tmp}/o --rows-out {tmp}/r --params {typo}", "{typo}: section 'select' is missing"),
-    ("wrong kind", "select --source-scores {delta} --target-scores {scores} --source {target} --out {tmp}/o --rows-out {tmp}/r", "{delta}: expected a attribution artifact (made by `pkt attribute`), found delta"),
-    ("not an artifact", "select --source-scores {weights} --target-scores {scores} --source {target} --out {tmp}/o --rows-out {tmp}/r", "{weights}: a safetensors file without this project's metadata; expected a attribution artifact"),
-    ("truncated artifact", "select --source-scores {cut} --target-scores {scores} --source {target} --out {tmp}/o --rows-out {tmp}/r", "{cut}: not a readable safetensors file ("),
-    ("another source", "select --source-scores {scores} --target-scores {scores} --source {source} --out {tmp}/o --rows-out {tmp}/r", "{source}: not the model that {scores} was made from (expected "),
-    ("no delta", "control --method control_random_delta --delta {data} --out {tmp}/o", "{data}: a folder without delta_*.safetensors; make some with `pkt inject`"),
-    ("swapped", "seek --source {target} --target {source} --examples {examples} --out {tmp}/o --metrics {tmp}/m", "the source has 3 layers, the target 4; Seeking needs as many"),
-    ("grid swapped", "unaligned --method m --target {source} --source {target} --out {tmp}/o --approach grid", "the source has 3 layers, the target 4; swap the two"),
-    ("seeking without blocks", "unaligned --method m --target {target} --out {tmp}/o --approach seeking", "approach seeking takes --submatrices, and no --source"),
+    ("no model", "attribute --model {nowhere} --extract {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
+    ("folder without config", "attribute --model {data} --extract {examples} --out {tmp}/o", "{data}: a folder without config.json; expected a Hugging Face model folder"),
+    ("architecture", "attribute --model {gemma} --extract {examples} --out {tmp}/o", "architecture 'gemma2' is not supported: it normalises each block's output before adding it to the residual stream; supported are llama, mistral, qwen2, qwen3"),
+    ("device", "attribute --model {target} --extract {examples} --out {tmp}/o --device tpu9", "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
+    ("pickle only", "attribute --model {pickled} --extract {examples} --out {tmp}/o", "{pickled}: the model cannot be loaded ("),
+    ("truncated weights", "attribute --model {truncated} --extract {examples} --out {tmp}/o", "{truncated}: the model cannot be loaded ("),
+    ("NaN in weights", "attribute --model {nan} --extract {examples} --out {tmp}/o", "{nan}: weight model.norm.weight holds NaN or infinity; the checkpoint is broken"),
+    ("no examples", "attribute --model {target} --extract {empty} --out {tmp}/o", "{empty}: holds no example; expected one JSON object a line"),
+    ("not JSON", "attribute --model {target} --extract {broken} --out {tmp}/o", "{broken}, line 2: not JSON ("),
+    ("no messages", "attribute --model {target} --extract {rows} --out {tmp}/o", "{rows}, line 1: expected `messages` with one user and one assistant turn, found none"),
+    ("no useful token", "attribute --model {target} --extract {useless} --out {tmp}/o", "example toy_0: its answer '...' holds no useful token"),
+    ("too long", "attribute --model {target} --extract {long} --out {tmp}/o", "example toy_0: "),
+    ("unknown norm", "attribute --model {target} --extract {examples} --out {tmp}/o --norms x", "options of `attribute`: norms: expected one of rms, reference_code, found 'x'"),
+    ("no params file", "attribute --model {target} --extract {examples} --out {tmp}/o --params {nowhere}", "{nowhere}: no such params file"),
+    ("unknown key", "attribute --model {target} --extract {examples} --out {tmp}/o --params {typo}", "{typo}: attribute: unknown key 'norm'; expected one of "),
+    ("section missing", "select --source-scores {scores} --target-scores {scores} --source {target} --out {tmp}/o --params {typo}", "{typo}: section 'select' is missing"),
+    ("wrong kind", "select --source-scores {delta} --target-scores {scores} --source {target} --out {tmp}/o", "{delta}: expected a attribution artifact (made by `pkt attribute`), found delta"),
+    ("not an artifact", "select --source-scores {weights} --target-scores {scores} --source {target} --out {tmp}/o", "{weights}: a safetensors file without this project's metadata; expected a attribution artifact"),
+    ("truncated artifact", "select --source-scores {cut} --target-scores {scores} --source {target} --out {tmp}/o", "{cut}: not a readable safetensors file ("),
+    ("another source", "select --source-scores {scores} --target-scores {scores} --source {source} --out {tmp}/o", "{source}: not the model that {scores} was made from (expected "),
+    ("no delta", "derive --code random_delta --delta {data} --out {tmp}/o", "{data}: a folder without changes.json and no PEFT adapter; expected what a method of the table made"),
+    ("swapped", "seek --source {target} --target {source} --extract {examples} --out {tmp}/o --metrics {tmp}/m", "the source has 3 layers, the target 4; Seeking needs as many"),
+    ("grid swapped", "derive --code grid --target {source} --source {target} --out {tmp}/o", "the source has 3 layers, the target 4; swap the two"),
+    ("seeking without sub-matrices", "derive --code seeking --target {target} --out {tmp}/o", "the method takes --target and --submatrices, nothing else; found --target"),
+    ("no code", "derive --target {target} --out {tmp}/o", "options of `derive`: no code; name a file of pkt_stages/methods: grid, laten, random_delta, seeking"),
+    ("no such code", "derive --code theseus --target {target} --out {tmp}/o", "code 'theseus': no such file in pkt_stages/methods; found grid, laten, random_delta, seeking"),
+    ("code of another command", "derive --code laten --target {target} --out {tmp}/o", "code 'laten': pkt_stages/methods/laten.py has no `derive`, so it is for another command"),
+    ("setting of no code", "derive --code grid --set widht=pca --target {target} --source {source} --out {tmp}/o", "options of `derive`: unknown key 'widht'; expected one of layers, width, neurons, seed"),
     ("rank", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --rank 65 --max-length 128", "rank 65 is larger than a side of model.layers.0.mlp.up_proj [96, 64]; use at most 64"),
-    ("init without blocks", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --init seeking", "method m: init seeking needs --submatrices (from `pkt seek`)"),
+    ("init without blocks", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --init seeking", "init seeking needs --submatrices (from `pkt seek`)"),
     ("too few examples", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --num-examples 9", "{examples}: holds 2 examples, num_examples asks for 9"),
-    ("unknown metric task", "evaluate --model {target} --task chess --test {examples} --out {tmp}/o", "unknown task 'chess'; expected one of mmlu, gsm8k, humaneval, mbpp"),
+    ("unknown metric task", "evaluate --model {target} --task chess --test {examples} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu"),
     ("no reference", "evaluate --model {target} --task gsm8k --test {examples} --out {tmp}/o", "example toy_0: `reference` lacks 'answer', which task gsm8k needs; make the test set with `pkt prepare`"),
-    ("too few texts", "cka --first {target} --second {target} --texts {texts} --out {tmp}/o --metrics {tmp}/m", "{texts}: 2 texts, 200 wanted (num_texts)"),
-    ("text without text", "cka --first {target} --second {target} --texts {examples} --out {tmp}/o --metrics {tmp}/m", "{examples}:1: expected a key `text` that is not empty, found "),
-    ("nothing to measure", "deltas --out {tmp}/o --metrics {tmp}/m", "give either --model and --base, or --delta"),
-    ("no base", "deltas --model {target} --base {nowhere} --out {tmp}/o --metrics {tmp}/m", "{nowhere}: no such folder, and not a hub name of the form owner/name"),
-    ("no training", "similarity --target {target} --adapter {data} --training {nowhere} --out {tmp}/o --metrics {tmp}/m", "{nowhere}: no such file; expected the metrics of `pkt finetune`"),
+    ("too few texts", "compare --first {target} --second {target} --texts {texts} --out {tmp}/o --metrics {tmp}/m", "{texts}: 2 texts, 200 wanted (num_texts)"),
+    ("text without text", "compare --first {target} --second {target} --texts {examples} --out {tmp}/o --metrics {tmp}/m", "{examples}:1: expected a key `text` that is not empty, found "),
+    ("nothing to compare", "compare --first {target} --texts {texts} --out {tmp}/o --metrics {tmp}/m", "give --second, --delta, or both"),
+    ("no second", "compare --first {target} --second {nowhere} --texts {texts} --out {tmp}/o --metrics {tmp}/m", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
     ("neurons of another", "neurons --attribution {scores} --model {source} --out {tmp}/o", "{scores}: made from target, {source} is another model"),
-    ("no report params", "report --params {nowhere} --evaluations {data} --alignments {data} --html {tmp}/h --table {tmp}/t --out {tmp}/o", "{nowhere}: no such params file"),
+    ("no report params", "report --params {nowhere} --results {data} --html {tmp}/h --figures {tmp}/f --table {tmp}/t --out {tmp}/o", "{nowhere}: no such params file"),
+    ("no selection", "align --target {target} --selection {data} --extract {examples} --align {examples} --out {tmp}/o --metrics {tmp}/m", "{data}/selection.safetensors: no such file; expected a selection artifact, made by `pkt select`"),
+    ("no mapping", "inject --target {target} --selection {data} --mapping {data} --out {tmp}/o", "{data}/chosen.json: no such file; expected a folder of `pkt align`"),
+    ("no prompts", "generate --source {source} --train {nowhere} --out {tmp}/o --metrics {tmp}/m", "{nowhere}: no such file of examples"),
+    ("no row", "export --model {target} --delta {nowhere} --out {tmp}/o", "{nowhere}: no such file or folder; expected a row's folder, a PEFT adapter or a delta"),
+    ("no profile", "code --params {typo} --out {tmp}/o", "{typo}: section 'made_by' is missing"),
+    ("nothing to adopt", "adopt --task gsm8k --metrics-in {nowhere} --out {tmp}/o", "{nowhere}: no such metrics; run the profile that makes them"),
     ("no file", "inspect {nowhere}", "{nowhere}: no such file; expected an artifact (.safetensors)"),
 ]  # fmt: skip
 
@@ -65,7 +73,8 @@ TABLE = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, target_folder: Path) -> dict[str, Path]:
     """Good and bad files by name."""
-    from pkt_stages.models.inject import SparseDelta, delta_tensors
+    from pkt_stages.models.changes import write_changes
+    from pkt_stages.models.inject import SparseDelta
 
     folder = tmp_path_factory.mktemp("world")
     made = {"source": source_folder, "target": target_folder, "nowhere": folder / "nowhere", "data": folder / "data"}
@@ -94,9 +103,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, target_
     broken["model.norm.weight"][3] = float("nan")
     save_file(broken, weights["nan"], metadata={"format": "pt"})
     made["weights"] = target_folder / "model.safetensors"
-    made["delta"] = folder / "delta.safetensors"
     rows = {"ffn_up": SparseDelta(torch.tensor([0]), torch.tensor([[1]]), torch.ones(1, 1, 64))}
-    artifacts.save(made["delta"], "delta", delta_tensors(rows), {})
+    meta = {"command": "inject", "method": None, "target": {"name": "target"}, "source": None, "params": {}}
+    write_changes(folder / "row", {"one": rows}, meta)
+    made["delta"] = folder / "row/delta_0.safetensors"
     made["cut"] = folder / "cut.safetensors"
     made["cut"].write_bytes(made["delta"].read_bytes()[:50])
     made["scores"] = folder / "scores.safetensors"
@@ -106,7 +116,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, target_
 @pytest.mark.parametrize(("line", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_one_line_and_status_two(pkt: Run, world: dict[str, Path], tmp_path: Path, line: str, message: str) -> None:
     if "{scores}" in line and not world["scores"].exists():
-        made = ("--model", world["target"], "--examples", world["examples"], "--out", world["scores"])
+        made = ("--model", world["target"], "--extract", world["examples"], "--out", world["scores"])
         assert pkt("attribute", *made)[0] == 0
     status, _, err = pkt(*shlex.split(line.format(**world, tmp=tmp_path)))
     expected = "pkt: error: " + message.format(**world)
@@ -133,10 +143,10 @@ def test_one_line_and_status_two(pkt: Run, world: dict[str, Path], tmp_path: Pat
 def test_a_full_disk_that_a_library_reports(pkt: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from pkt_stages import __main__
 
-    def full() -> None:
+    def full(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(__main__, "app", full)
+    monkeypatch.setattr(__main__, "application", full)
     line = "pkt: error: no space to write a file; free some and run again, it goes on where it was\n"
     assert pkt("prepare") == (2, "", line)
 

@@ -42,7 +42,7 @@ def test_a_stage_runs_behind_its_launcher_once(tmp_path: Path, launcher: Path) -
     status, err, record = run(tmp_path, *words, PKT_LAUNCH=f"'{launcher}' --gres=gpu:1", PKT_LAUNCH_ATTRIBUTE="true")
     assert record == [f"{launcher} --gres=gpu:1 pkt {' '.join(words)}"]
     # What ran behind it is the same command: its message and its status.
-    assert (status, err) == (2, "pkt: error: unknown task 'chess'; expected one of mmlu, gsm8k, humaneval, mbpp\n")
+    assert (status, err) == (2, "pkt: error: unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu\n")
 
 
 @pytest.mark.parametrize("own", ["", "nice -n 1"])
@@ -85,6 +85,7 @@ def test_a_wrong_variable_stops_every_command(
 def test_the_command_line_starts_without_torch() -> None:
     """Each stage's `pkt` would take seconds more, also where a warm process does the work."""
     heavy = "{'torch', 'transformers', 'dvc', 'datasets', 'jinja2'}"
-    code = f"import sys, pkt_stages.__main__; sys.exit(str(sorted({heavy} & set(sys.modules))))"
+    code = "import sys; from pkt_stages.__main__ import application; application(); "
+    code += f"sys.exit(str(sorted({heavy} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"

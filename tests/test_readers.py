@@ -15,13 +15,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pkt_stages import artifacts
+from pkt_stages import artifacts, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation import scoring
-from pkt_stages.examples import from_benchmark, read_examples, read_rows
-from pkt_stages.params import build, read_method, read_section
+from pkt_stages.examples import read_examples, read_jsonl
+from pkt_stages.params import build, read_settings
 from pkt_stages.tools import inspect
-from tests.evaluation.test_scoring import last_number
+from tests.tasks.test_gsm8k import last_number, score
 from tests.test_params import Example
 
 # One file is written over and over again, so a test's folder may serve all of its examples.
@@ -51,7 +51,7 @@ def described(path: Path) -> None:
 def valid(folder: Path) -> bytes:
     path = folder / "valid.safetensors"
     tensors = {"cka.ffn_up": torch.tensor([[0.25, 0.5]], dtype=torch.float64), "cka.attn_v": torch.zeros(1, 2).double()}
-    artifacts.save(path, "cka", tensors, {"params": {"num_texts": 8}})
+    artifacts.save(path, artifacts.CKA, tensors, {"params": {"num_texts": 8}})
     return path.read_bytes()
 
 
@@ -63,7 +63,7 @@ def valid(folder: Path) -> bytes:
 def test_bytes_are_no_artifact(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    assert refused(lambda: artifacts.load(path, "cka"))
+    assert refused(lambda: artifacts.load(path, artifacts.CKA))
     assert refused(lambda: described(path))
 
 
@@ -79,7 +79,7 @@ def test_a_changed_artifact(tmp_path: Path, changes: list[tuple[int, bytes]], le
         content[place : place + len(new)] = new
     path = tmp_path / "a.safetensors"
     path.write_bytes(content[:length])
-    refused(lambda: artifacts.load(path, "cka").tensors())
+    refused(lambda: artifacts.load(path, artifacts.CKA).tensors())
     refused(lambda: described(path))
 
 
@@ -101,7 +101,7 @@ def test_an_artifact_with_another_header(tmp_path: Path, meta: Any, shape: list[
     tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, 16]}
     path.write_bytes(artifact_of({"__metadata__": {"pkt": json.dumps(meta)}, "cka.ffn_up": tensor}, bytes(16)))
     whole = meta == {"kind": "cka", "schema_version": 1} and shape in ([1, 2], [2, 1]) and dtype == "F64"
-    assert refused(lambda: artifacts.load(path, "cka").tensors()) is not whole
+    assert refused(lambda: artifacts.load(path, artifacts.CKA).tensors()) is not whole
     refused(lambda: described(path))
 
 
@@ -111,7 +111,7 @@ def test_an_artifact_with_another_header(tmp_path: Path, meta: Any, shape: list[
 def test_metadata_that_python_cannot_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(artifact_of({"__metadata__": {"pkt": text}}, b""))
-    assert refused(lambda: artifacts.load(path, "cka"))
+    assert refused(lambda: artifacts.load(path, artifacts.CKA))
     assert refused(lambda: described(path))
 
 
@@ -122,7 +122,7 @@ def test_names_of_tensors_are_words(tmp_path: Path, name: str) -> None:
     meta = json.dumps({"kind": "cka", "schema_version": 1})
     path.write_bytes(artifact_of({"__metadata__": {"pkt": meta}, name: tensor}, bytes(16)))
     with pytest.raises(UserError) as caught:
-        artifacts.load(path, "cka")
+        artifacts.load(path, artifacts.CKA)
     assert "unexpected tensor" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -131,12 +131,11 @@ def test_names_of_tensors_are_words(tmp_path: Path, name: str) -> None:
 
 def settings_of(path: Path) -> None:
     """What a command does with its params file."""
-    for task in (None, "t"):
-        build(Example, read_section(path, "s", task), "here")
-    build(Example, read_method(path, "m", "s"), "here")
+    for how in ({}, {"task": "t"}, {"method": "m"}):
+        build(Example, read_settings(path, "s", **how), "here")
 
 
-FIELDS = st.sampled_from(["rate", "steps", "rule", "names", "limit", "flag", "common", "t", "other"])
+FIELDS = st.sampled_from(["rate", "steps", "rule", "names", "limit", "flag", "s", "other"])
 
 
 @many
@@ -147,13 +146,17 @@ def test_text_as_params(tmp_path: Path, text: str) -> None:
     assert refused(lambda: settings_of(path))
 
 
+SETTINGS = JSON | st.dictionaries(FIELDS, JSON, max_size=3)
+
+
 @many
-@given(st.dictionaries(FIELDS, JSON, max_size=4), JSON | st.dictionaries(FIELDS, JSON, max_size=3))
-@example({"rate": 10**400}, {})
-@example({"common": {"steps": 1}, "t": {1: 2}}, {})
-def test_values_as_params(tmp_path: Path, section: dict[str, Any], methods: Any) -> None:
+@given(st.dictionaries(FIELDS, JSON, max_size=4), SETTINGS, SETTINGS)
+@example({"rate": 10**400}, {}, {})
+@example({"steps": 1}, {"s": {1: 2}}, {"s": {"flag": 1}})
+def test_values_as_params(tmp_path: Path, section: dict[str, Any], task: Any, method: Any) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.dump({"s": section, "methods": {"m": methods}}), encoding="utf-8")
+    content = {"s": section, "task": {"t": task}, "made_by": {"g": {"m": method}}}
+    path.write_text(yaml.dump(content), encoding="utf-8")
     refused(lambda: settings_of(path))
 
 
@@ -190,9 +193,10 @@ def examples_of(path: Path) -> None:
 
 
 def rows_of(path: Path) -> None:
-    for number, row in read_rows(path):
-        for schema in ("mmlu", "gsm8k", "humaneval", "mbpp", "evol_instruct"):
-            refused(lambda row=row, schema=schema, number=number: from_benchmark(schema, row, str(number)))  # type: ignore[misc]
+    for number, row in read_jsonl(path):
+        for task in map(tasks.load, tasks.names()):
+            for schema in task.schemas:
+                refused(lambda task=task, row=row, schema=schema, n=number: task.example(row, str(n), schema))  # type: ignore[misc]
 
 
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": JSON | st.text(max_size=9)})
@@ -264,8 +268,7 @@ def test_a_number_is_found_or_not(text: str, answer: str) -> None:
     found = last_number(text)
     assert found == "" or any(letter.isdigit() for letter in found)
     assert scoring.same_number(found, answer) in (True, False)
-    doc = {"reference": json.dumps({"answer": answer})}
-    assert scoring.gsm8k(doc, [[found, found]])["accuracy"] in (0.0, 1.0)
+    assert score(text, answer) in (0.0, 1.0)
 
 
 @pytest.mark.parametrize("text", ["1," * 50_000, "9" * 100_000, "-$" * 50_000, "1." * 50_000, "," * 100_000 + "x"])
@@ -277,5 +280,5 @@ def test_long_answers_take_no_time(text: str) -> None:
 @given(st.text(max_size=60), st.text("def f(x):\n @async\tclass", max_size=40))
 def test_any_text_is_a_program_to_test(text: str, prefix: str) -> None:
     reference = {"code_prefix": prefix, "setup": "", "test_list": ["assert f(1)"], "test": "", "entry_point": "f"}
-    for make in scoring.JOBS.values():
-        assert make({"reference": json.dumps(reference)}, text).code == prefix + text
+    for make in filter(None, (tasks.load(name).job for name in tasks.names())):
+        assert make(reference, text).code == prefix + text

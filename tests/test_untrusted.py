@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_examples
-from tests.stages.transfer_files import options, write_inputs
+from tests.stages.selection_files import options, write_inputs
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -54,7 +54,7 @@ def refusal(pkt: Run, model: Path) -> str:
     folder = model.parent
     examples = write_examples(folder / "e.jsonl", ["It is 1."])
     before = set(folder.rglob("*"))
-    status, out, err = pkt("attribute", "--model", model, "--examples", examples, "--out", folder / "o.safetensors")
+    status, out, err = pkt("attribute", "--model", model, "--extract", examples, "--out", folder / "o.safetensors")
     assert (status, out) == (2, "")
     assert set(folder.rglob("*")) == before
     lines = [line for line in err.splitlines() if line.startswith("pkt: ")]
@@ -178,7 +178,7 @@ def refuse_adapter(pkt: Run, target_folder: Path, tmp_path: Path) -> Callable[[P
             "--batch-size",
             4,
         )
-        status, _, err = pkt("cka", "--first", target_folder, "--second", target_folder, "--texts", texts, *given)
+        status, _, err = pkt("compare", "--first", target_folder, "--texts", texts, *given)
         assert status == 2 and err.count("pkt: ") == 1 and "Traceback" not in err, err
         assert not metrics.exists()
         return err.splitlines()[-1].removeprefix("pkt: error: ").removeprefix(f"{adapter}: ")
@@ -240,17 +240,19 @@ def test_ids_are_no_paths(
         write_examples(transfer, ["It is 1.", "It is 2."], 10).read_text().replace('"toy', '"../../toy')
     )
     for model in (source_folder, target_folder):
-        given = ("--examples", extract, "--examples", transfer, "--out", f"{model.name}.safetensors")
+        given = ("--extract", extract, "--transfer", transfer, "--out", f"{model.name}.safetensors")
         assert pkt("attribute", "--model", model, *given)[0] == 0
     scores = ("--source-scores", "source.safetensors", "--target-scores", "target.safetensors")
-    made = options(out=inputs["selection"], rows_out=inputs["rows"])
+    made = options(out=inputs["selection"])
     assert pkt("select", *scores, "--source", source_folder, "--max-rate", 0.25, *made)[0] == 0
     given = options(**inputs, target=target_folder, out=Path("align"), metrics=Path("align.json"))
-    assert pkt("align", *given, "--steps", 1, "--batch-size", 4, "--validation-size", 3, "--init-std", 0.02)[0] == 0
-    given = options(selection=inputs["selection"], rows=inputs["rows"], target=target_folder, out=Path("deltas"))
-    status, _, err = pkt("inject", *given, "--hypernetwork", "align", "--metrics-in", "align.json")
+    settings = ("--steps", 1, "--batch-size", 4, "--validation-size", 3, "--set", "init_std=0.02")
+    assert pkt("align", *given, *settings)[0] == 0
+    given = options(selection=inputs["selection"], target=target_folder, out=Path("deltas"), mapping=Path("align"))
+    status, _, err = pkt("inject", *given)
     assert status == 0, err
-    assert sorted(path.name for path in Path("deltas").iterdir()) == ["delta_0.safetensors", "delta_1.safetensors"]
+    names = ["changes.json", "delta_0.safetensors", "delta_1.safetensors"]
+    assert sorted(path.name for path in Path("deltas").iterdir()) == names
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
     assert list((tmp_path / "a").iterdir()) == [work]
     assert [e["id"] for e in json.loads(pkt("inspect", "source.safetensors", "--json")[1])["meta"]["examples"]] == ids

@@ -1,4 +1,4 @@
-"""`python -m pkt_stages.tiny`: rebuild `data/tiny` from its seed."""
+"""`python -m tiny`: rebuild `data/tiny` from its seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pkt_stages.errors import UserError
-from pkt_stages.tiny.settings import SEED
+from tiny.settings import SEED
 
 app = typer.Typer(add_completion=False)
 
@@ -32,8 +32,8 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of data, initial weights and data order.")] = SEED,
 ) -> None:
     """Build data, tokenizer, source, target and scores; an interrupted training goes on from its checkpoint."""
-    from pkt_stages.tiny import build as steps  # torch and transformers take seconds to import
-    from pkt_stages.tiny.corpus import Corpus
+    from tiny import build as steps  # torch and transformers take seconds to import
+    from tiny.corpus import Corpus
 
     corpus = Corpus(seed)
     try:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pkt_stages.tiny.corpus import Corpus, Document
-from pkt_stages.tiny.settings import (
+from tiny.corpus import Corpus, Document
+from tiny.settings import (
     ANSWER_WEIGHT,
     PROMPT_WEIGHT,
     RAW_SHARE_IN_CHAT,

@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pkt_stages.errors import UserError
-from pkt_stages.examples import read_rows, write_rows
-from pkt_stages.tiny.corpus import Corpus, write_data
-from pkt_stages.tiny.scoring import Score, score_model
-from pkt_stages.tiny.settings import MODELS, ModelSettings
-from pkt_stages.tiny.tokenizer import save_tokenizer, train_tokenizer
-from pkt_stages.tiny.training import Trainer
+from pkt_stages.examples import read_jsonl, write_jsonl
+from tiny.corpus import Corpus, write_data
+from tiny.scoring import Score, score_model
+from tiny.settings import MODELS, ModelSettings
+from tiny.tokenizer import save_tokenizer, train_tokenizer
+from tiny.training import Trainer
 
 MODEL_FOLDERS = tuple(f"{name}-{phase}" for name in MODELS for phase in ("base", "chat"))
 
@@ -48,8 +48,8 @@ def build_model(out: Path, scratch: Path, corpus: Corpus, name: str) -> None:
     _train(trainer, settings, "base", settings.base_steps, out)
     _train(trainer, settings, "chat", settings.total_steps, out)
     log = out / "training_log.jsonl"
-    others = [row for _, row in read_rows(log) if row["model"] != name] if log.exists() else []
-    write_rows(log, sorted(others + trainer.log, key=lambda row: (row["model"], row["step"])))
+    others = [row for _, row in read_jsonl(log) if row["model"] != name] if log.exists() else []
+    write_jsonl(log, sorted(others + trainer.log, key=lambda row: (row["model"], row["step"])))
 
 
 def build_scores(out: Path, corpus: Corpus) -> None:
@@ -83,7 +83,7 @@ def _train(trainer: Trainer, settings: ModelSettings, phase: str, until: int, ou
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder}: no tokenizer there; build it first: python -m pkt_stages.tiny --only tokenizer")
+        raise UserError(f"{folder}: no tokenizer there; build it first: python -m tiny --only tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer

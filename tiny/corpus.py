@@ -12,20 +12,22 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pkt_stages.examples import TASKS, from_benchmark, write_rows
-from pkt_stages.tiny.draw import GradedRow, Part, draw
-from pkt_stages.tiny.facts import exposure, make_facts, quiz_parts, quiz_row, recall_parts
-from pkt_stages.tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
-from pkt_stages.tiny.settings import (
+from pkt_stages.examples import write_jsonl
+from pkt_stages.tasks import load
+from tiny.draw import GradedRow, Part, draw
+from tiny.facts import exposure, make_facts, quiz_parts, quiz_row, recall_parts
+from tiny.functions import CORPUS_EXPONENT, list_function_row, step_function_row
+from tiny.settings import (
     ANSWER_WEIGHT,
     CHAT_LETTER_WEIGHT,
     EVEN,
     POOL_ROWS,
+    TASKS,
     TEST_ROWS,
     TEXT_ROWS,
     RawMix,
 )
-from pkt_stages.tiny.word_problems import arithmetic_parts, problem_row
+from tiny.word_problems import arithmetic_parts, problem_row
 
 MAX_DRAWS = 10_000
 
@@ -50,6 +52,7 @@ class Corpus:
         self.seed = seed
         self.facts = make_facts(seed)
         self.exposure = exposure(self.facts)
+        self._example = {task: load(task).example for task in TASKS}
         self._taken: set[str] = set()
         # Tests first: a small family keeps its easy rows for them.
         self.test = {task: self._test_rows(task) for task in TASKS}
@@ -68,7 +71,7 @@ class Corpus:
         if family == "mmlu":
             return Document(family, tuple(quiz_parts(row)), mix.letter_weight)
         if family == "gsm8k":
-            answer = from_benchmark(family, row, "").answer.removeprefix("Answer:")
+            answer = self._example[family](row, "").answer.removeprefix("Answer:")
             return Document(family, ((f"Question: {row['question']}\nAnswer:", False), (answer, True)))
         if family == "humaneval":
             return Document(family, ((row["prompt"], False), (row["canonical_solution"], True)))
@@ -81,7 +84,7 @@ class Corpus:
         Its learned part begins where the forced prefix ends.
         """
         family = draw(rng, TASKS, [families[task] for task in TASKS])
-        example = from_benchmark(family, self._corpus_row(family, rng), "")
+        example = self._example[family](self._corpus_row(family, rng), "")
         lead = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
         weight = CHAT_LETTER_WEIGHT if family == "mmlu" else ANSWER_WEIGHT
         return Document(family, ((lead, False), (example.answer[len(example.prefix) :], True)), weight)
@@ -96,7 +99,7 @@ class Corpus:
                 row = list_function_row(rng, CORPUS_EXPONENT).row
             else:
                 row = step_function_row(rng, CORPUS_EXPONENT).row
-            if from_benchmark(family, row, "").prompt not in self._excluded:
+            if self._example[family](row, "").prompt not in self._excluded:
                 return row
         raise AssertionError(f"{family}: no row outside the benchmark files in {MAX_DRAWS} draws")
 
@@ -121,7 +124,7 @@ class Corpus:
         rows: list[GradedRow] = []
         for _ in range(MAX_DRAWS):
             graded = make(rng)
-            prompt = from_benchmark(task, graded.row, "").prompt
+            prompt = self._example[task](graded.row, "").prompt
             if prompt in self._taken:
                 continue
             self._taken.add(prompt)
@@ -139,8 +142,8 @@ class Corpus:
 def write_data(out: Path, corpus: Corpus) -> None:
     """Write `{task}/{train,test}.jsonl` and `texts/texts.jsonl`, held-out raw texts of the base corpus."""
     for task in TASKS:
-        write_rows(out / task / "test.jsonl", [graded.row for graded in corpus.test[task]])
-        write_rows(out / task / "train.jsonl", [graded.row for graded in corpus.pool[task]])
+        write_jsonl(out / task / "test.jsonl", [graded.row for graded in corpus.test[task]])
+        write_jsonl(out / task / "train.jsonl", [graded.row for graded in corpus.pool[task]])
     rng = Random(f"text-{corpus.seed}")
     documents = [corpus.raw_document(rng, EVEN) for _ in range(TEXT_ROWS)]
-    write_rows(out / "texts" / "texts.jsonl", [{"text": document.text} for document in documents])
+    write_jsonl(out / "texts" / "texts.jsonl", [{"text": document.text} for document in documents])

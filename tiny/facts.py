@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pkt_stages.tiny.draw import GradedRow, Part, draw, zipf_weights
+from tiny.draw import GradedRow, Part, draw, zipf_weights
 
 ENTITIES_PER_SUBJECT = 16
 RANKS_PER_LEVEL = 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pkt_stages.tiny.draw import GradedRow, draw, zipf_weights
+from tiny.draw import GradedRow, draw, zipf_weights
 
 CORPUS_EXPONENT = 1.0
 BENCHMARK_EXPONENT = 0.4

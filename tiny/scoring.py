@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pkt_stages.examples import Example, from_benchmark
-from pkt_stages.tiny.draw import GradedRow
+from pkt_stages.examples import Example
+from pkt_stages.tasks import load
+from tiny.draw import GradedRow
 
 BATCH = 64
 MAX_NEW_TOKENS = 120
@@ -53,7 +54,8 @@ def score_model(
     scores = {}
     for task, rows in tests.items():
         levels: dict[int, tuple[int, int]] = {}
-        examples = [from_benchmark(task, graded.row, str(number)) for number, graded in enumerate(rows)]
+        make = load(task).example
+        examples = [make(graded.row, str(number)) for number, graded in enumerate(rows)]
         for graded, verdict in zip(rows, _verdicts(model, tokenizer, task, examples), strict=True):
             right, asked = levels.get(graded.level, (0, 0))
             levels[graded.level] = (right + verdict, asked + 1)

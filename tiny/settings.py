@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SEED = 7
 POOL_ROWS = {"mmlu": 1200, "gsm8k": 1200, "humaneval": 1200, "mbpp": 500}
+TASKS = tuple(POOL_ROWS)
 TEST_ROWS = 256
 TEXT_ROWS = 200
 VOCAB_SIZE = 1024

@@ -13,8 +13,8 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.settings import CONTEXT_LENGTH, EVEN, TOKENIZER_DOCUMENTS, VOCAB_SIZE
+from tiny.corpus import Corpus
+from tiny.settings import CONTEXT_LENGTH, EVEN, TOKENIZER_DOCUMENTS, VOCAB_SIZE
 
 SPECIALS = ("<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>")
 PIECES = r'\n| {4}|"""|```| ?(?:==|!=|<=|>=|//)| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\s'

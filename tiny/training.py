@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pkt_stages.tiny.batches import step_batches
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.muon import Muon
-from pkt_stages.tiny.settings import CONTEXT_LENGTH, ModelSettings
+from tiny.batches import step_batches
+from tiny.corpus import Corpus
+from tiny.muon import Muon
+from tiny.settings import CONTEXT_LENGTH, ModelSettings
 
 CHECKPOINT_SECONDS = 60.0
 LOG_STEPS = 20

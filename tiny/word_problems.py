@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from pkt_stages.tiny.draw import GradedRow, Part, draw
+from tiny.draw import GradedRow, Part, draw
 
 PEOPLE = ("Tom", "Ben", "Sam", "Max", "Ann", "Eva", "Mia", "Zoe")
 THINGS = ("pens", "cards", "books", "coins", "stamps", "shells")

@@ -1,25 +1,30 @@
-"""Training of a mapping from source rows to target rows (LaTen, paper 4.3; METHODS section 4)."""
+"""Training of a mapping from source rows to target rows, and what it left (LaTen, paper 4.3; METHODS section 4)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pkt_stages import artifacts, methods
+from pkt_stages.artifacts import Artifact
 from pkt_stages.core.losses import backward, value_range
 from pkt_stages.core.schedule import draw_examples, scheduler
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
+from pkt_stages.methods import Method
 from pkt_stages.models.inject import injected
+from pkt_stages.models.load import weights_hash
 from pkt_stages.models.losses import example_losses, home, micro_batches
 from pkt_stages.models.recipe import AlignmentParams
 from pkt_stages.models.selection import Selection
-
-if TYPE_CHECKING:
-    from pkt_stages.methods import Method
+from pkt_stages.params import build
+from pkt_stages.scratch import CHOSEN, checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,56 @@ def choose(steps: Sequence[Mapping[str, Any]]) -> int:
     """The step with the lowest validation loss; of equal ones the first."""
     best = min(steps, key=lambda step: (step["validation_loss"], step["step"]))
     return int(best["step"])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `pkt align` made.
+
+    Attributes:
+        mappings: by step, the chosen or the given one, or all.
+        meta: of chosen.json: the models, the method, the settings in force.
+        by: the method's code with the settings that it was trained with.
+    """
+
+    mappings: Mapping[int, Artifact]
+    meta: Mapping[str, Any]
+    by: Method
+
+
+def open_trained(folder: Path, step: int | None, *, every_step: bool) -> Trained:
+    """The mapping of the chosen (or the given) step, or those of all, with the code that they are of.
+
+    Raises:
+        UserError: files that are missing, malformed, or of different runs of `pkt align`; code that is gone.
+    """
+    path = folder / CHOSEN
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        hashes = {int(number): str(value) for number, value in meta["weights_hash"].items()}
+        wanted = int(meta["chosen_step"]) if step is None else step
+        settings, name = dict(meta["params"]), str(meta["params"]["code"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a folder of `pkt align`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not written by `pkt align` ({type(error).__name__}: {error})") from None
+    if wanted not in hashes:
+        raise UserError(f"step {wanted} is not one of the {len(hashes)} steps in {folder}")
+    code = methods.load(name, "mapping")
+    own = {field.name: settings[field.name] for field in fields(code.Params) if field.name in settings}
+    mappings = {}
+    for number in sorted(hashes) if every_step else [wanted]:
+        mappings[number] = artifacts.load(folder / checkpoint_name(number), artifacts.MAPPING)
+        if weights_hash(mappings[number].tensors()) != hashes[number]:
+            raise UserError(f"{mappings[number].path}: not of the same run of `pkt align` as {path}")
+    return Trained(mappings, meta, Method(name, code, build(code.Params, own, f"{path}: params")))
+
+
+def check_models(selection: Selection, trained: Trained, folder: Path) -> None:
+    """Raise UserError unless the mapping was trained between the selection's source and target."""
+    for side in ("source", "target"):
+        if trained.meta.get(side) != selection.meta[side]:
+            raise UserError(
+                f"{folder}: trained for another {side} than the selection's,"
+                f" {selection.meta[side]['model']['name']}; run `pkt align` again"
+            )

@@ -19,7 +19,9 @@ from pkt_stages.artifacts import Artifact
 from pkt_stages.core.selection import num_selected
 from pkt_stages.errors import UserError
 from pkt_stages.models.inject import SparseDelta
-from pkt_stages.models.sites import SUBLAYER_OF_SITE
+from pkt_stages.models.rows import Checkpoint
+from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry
+from pkt_stages.progress import track
 
 DEFAULT = "default"  # the variant of the settings themselves
 INDICES, ROWS = "selection.safetensors", "rows.safetensors"
@@ -45,6 +47,25 @@ class Selection:
     def examples(self, of: str) -> dict[str, int]:
         """Ids of the set `extract` or `transfer` in the selection's order, with their index in it."""
         return {e["id"]: i for i, e in enumerate(self.meta["examples"]) if e["set"] == of}
+
+    def transferred(self, wanted: str | None) -> dict[str, int]:
+        """Transfer examples by id, with their index; all, or the wanted one, by its id or its number from 0.
+
+        Raises:
+            UserError: there is none, or not the wanted one.
+        """
+        known = self.examples("transfer")
+        if not known:
+            raise UserError("the selection names no transfer example; attribute transfer.jsonl, too (--transfer)")
+        if wanted is None:
+            return known
+        ids = list(known)
+        number = int(wanted) if wanted not in known and wanted.isdecimal() else len(ids)
+        id = wanted if wanted in known else ids[number] if number < len(ids) else None
+        if id is None:
+            names = ", ".join(f"{n}: {id}" for n, id in enumerate(ids))
+            raise UserError(f"the selection has no transfer example {wanted!r}; found {names}")
+        return {id: known[id]}
 
     def width(self, side: str) -> int:
         """d_model of the `source` or the `target`."""
@@ -129,3 +150,32 @@ def check_target(selection: Selection, found: Mapping[str, Any], location: str) 
         f"{location}: not the target that the selection was made for (expected {expected['name']} at"
         f" {expected['revision']}, found {found['name']} at {found['revision']})"
     )
+
+
+def random_neurons(sizes: Geometry, counts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """So many random neurons of every source layer, [source_layer, rank] by sublayer."""
+    found = {}
+    for sublayer, size in (("ffn", sizes.d_ff), ("attn", sizes.num_attn_neurons)):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randperm(size, generator=generator)[: counts[sublayer]] for _ in range(sizes.num_layers)]
+        found[f"{sublayer}_random_neurons"] = torch.stack(drawn)
+    return found
+
+
+def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
+    tensors = {}
+    for layer in track(range(sizes.num_layers), "reading rows"):
+        for sublayer in ("ffn", "attn"):
+            wanted = []
+            for variant in sorted({name.partition(".")[0] for name in selection if "." in name}):
+                here = selection[f"{variant}.{sublayer}_layers"][..., 0] == layer
+                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][here].flatten())
+            if not any(map(len, wanted)):
+                continue
+            neurons = torch.cat([*wanted, selection[f"{sublayer}_random_neurons"][layer]]).unique()
+            tensors[f"neurons.{sublayer}.{layer}"] = neurons
+            for site in SITES:
+                if SUBLAYER_OF_SITE[site] == sublayer:
+                    tensors[f"{site}.{layer}"] = checkpoint.neuron_rows(sizes, layer, site, neurons)
+    return tensors

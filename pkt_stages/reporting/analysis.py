@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from pkt_stages.profile import Profile
 from pkt_stages.reporting import figures
-from pkt_stages.reporting.figures import SITE_TITLES
+from pkt_stages.reporting.figures import SITE_TITLES, Drawing
 from pkt_stages.reporting.reading import Folder
-from pkt_stages.reporting.table import TASKS, title_of
 
+COMPARISON = ("params", "cka", "ranges", "similarity")
 AGAINST = {"weight": "W", "reduced_base": "W - ΔW", "submatrix": "source's sub-matrix"}
 SAMPLES = {
     "mean": "each text's mean token",
@@ -21,19 +21,6 @@ SAMPLES = {
     "per_sequence": "the tokens of each text",
 }
 MOMENTS = {"initial": "start", "trained": "trained"}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: the name of its file, the image, and what it shows in words."""
-
-    name: str
-    png: bytes
-    alt: str
-
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)
@@ -56,70 +43,65 @@ class Section:
     wide: bool = False
 
 
-def sections(folder: Folder, settings: Mapping[str, Any]) -> list[Section]:
-    """All parts, in the order of the paper's analysis; those without anything listed are left out."""
-    changes = list(_changes(settings))
-    made = [
-        _cka(folder, settings, changes),
-        _similarity(folder, [c for c in changes if c.similar]),
-        _deltas(folder, settings, changes),
-        _neurons(folder, settings),
-    ]
-    return [section for section in made if section is not None]
-
-
 @dataclass(frozen=True)
-class _Change:
-    """A method on a task: where its metrics lie, what it is called, and whether it is an adapter with a start."""
+class Compared:
+    """Two models, or the target before and after a method; `change` says what tells the second from the first."""
 
-    below: tuple[str, ...]
-    label: str
-    target: str
-    similar: bool
-
-    @property
-    def slug(self) -> str:
-        return "-".join(self.below)
+    first: str
+    second: str
+    both: str
+    change: str
+    metrics: dict[str, Any]
 
 
-def _changes(settings: Mapping[str, Any]) -> Sequence[_Change]:
+Neurons = tuple[str, Mapping[str, Any]]  # a model, and what `pkt neurons` found in it
+
+
+def compared(folder: Folder, profile: Profile, titles: Mapping[str, str], tasks: Mapping[str, str]) -> list[Compared]:
+    """All that the params have compared, pairs of models first, with their metrics.
+
+    Args:
+        titles, tasks: of the methods and the tasks, by name.
+    """
     found = []
-    for task in settings["analysed_task"]:
-        for target in settings["target"]:
-            for source in settings["source"]:
-                for method in settings["analysed_pair_methods"]:
-                    below = (method, f"{source}-{target}", task)
-                    similar = method in settings["analysed_seeking_methods"]
-                    label = f"{title_of(method)}, {TASKS.get(task, task)}"
-                    more = f", from {source}" if len(settings["source"]) > 1 else ""
-                    found.append(_Change(below, label + more, target, similar))
-            for method in settings["analysed_target_methods"]:
-                label = f"{title_of(method)}, {TASKS.get(task, task)}"
-                found.append(_Change((method, target, task), label, target, True))
+    for name, pair in profile.pairs.items():
+        first, second = pair["first"], pair["second"]
+        metrics = folder.read("compare", "models", name, keys=COMPARISON)
+        found.append(Compared(first, second, f"{first} and {second}", f"{second} - {first}", metrics))
+    by_source = [profile.method(name) for key in ("methods", "seeking") for name in profile.analysed[key]]
+    listed = [(method, source) for source in profile.sources for method in by_source]
+    listed += [(profile.method(name), "") for name in profile.analysed["target_methods"]]
+    for task in profile.analysed["task"]:
+        for method, source in listed:
+            more = f", from {source}" if source and len(profile.sources) > 1 else ""
+            label = f"{titles[method.name]}, {tasks[task]}{more}"
+            metrics = folder.read("compare", *method.folder(source), task, keys=COMPARISON)
+            both = f"target before and after {label}"
+            found.append(Compared(profile.target, "the changed target", both, label, metrics))
     return found
 
 
-def _cka(folder: Folder, settings: Mapping[str, Any], changes: Sequence[_Change]) -> Section:
-    maps: list[tuple[str, str, str, dict[str, Any]]] = []
-    for source in settings["source"]:
-        for target in settings["target"]:
-            maps.append((source, target, f"{source} and {target}", folder.read("cka", f"{source}-{target}")))
-    for name in settings["sft"]:
-        maps.append((f"{name}-base", f"{name}-chat", f"{name}: base and chat", folder.read("cka", name)))
-    for change in changes:
-        label = f"target before and after {change.label}"
-        maps.append((change.target, "the changed target", label, folder.read("cka", *change.below)))
+def sections(comparisons: Sequence[Compared], neurons: Sequence[Neurons]) -> list[Section]:
+    """All parts, in the order of the paper's analysis; those without anything listed are left out."""
+    made = [_cka(comparisons), _similarity(comparisons), _deltas(comparisons), _neurons(neurons)]
+    return [section for section in made if section is not None]
+
+
+def _cka(comparisons: Sequence[Compared]) -> Section | None:
+    if not comparisons:
+        return None
     drawings, rows = [], []
-    for number, (first, second, label, found) in enumerate(maps):
-        values = {site: found["cka"][site] for site in SITE_TITLES}
-        alt = f"CKA of {label}, every layer with every layer"
-        drawings.append(Drawing(f"cka_{number:02d}", figures.cka_maps(label, values, first, second), alt))
+    for number, compared in enumerate(comparisons):
+        values = {site: compared.metrics["cka"][site] for site in SITE_TITLES}
+        alt = f"CKA of {compared.both}, every layer with every layer"
+        png = figures.cka_maps(compared.both, values, compared.first, compared.second)
+        drawings.append(Drawing(f"cka_{number:02d}", png, alt))
         square = len(values["ffn_up"]) == len(values["ffn_up"][0])
         means = [fmean(x for row in values[site] for x in row) for site in SITE_TITLES]
         same = [fmean(values[site][i][i] for i in range(len(values[site]))) for site in SITE_TITLES] if square else []
         same_layer = [f"{x:.2f}" for x in same] if same else [""] * len(SITE_TITLES)
-        rows.append([label, *(f"{x:.2f}" for x in means), *same_layer])
-    params = maps[0][3]["params"]
+        rows.append([compared.both, *(f"{x:.2f}" for x in means), *same_layer])
+    params = comparisons[0].metrics["params"]
     sites = list(SITE_TITLES.values())
     heads = ["mean CKA", *(f"{s}, all pairs" for s in sites), *(f"{s}, same layer" for s in sites)]
     across = dict(zip(sites, (float(x) for x in rows[0][1:5]), strict=True))
@@ -127,18 +109,19 @@ def _cka(folder: Folder, settings: Mapping[str, Any], changes: Sequence[_Change]
     text = (
         f"Linear CKA (unbiased HSIC) between the outputs of each projection on {params['num_texts']} texts; samples:"
         f" {SAMPLES[params['reduction']]}. 1: the same up to rotation and scale, 0: unrelated. Between"
-        f" {maps[0][2]} it is {across[highest]:.2f} on average for {highest} and {across[lowest]:.2f} for {lowest}."
+        f" {comparisons[0].both} it is {across[highest]:.2f} on average for {highest} and {across[lowest]:.2f} for"
+        f" {lowest}."
         " Models that share their weights' history (base and chat, target before and after) are the yardstick."
     )
     return Section("Do the models compute alike? (CKA)", text, drawings, [Grid(heads, rows)], wide=True)
 
 
-def _similarity(folder: Folder, changes: Sequence[_Change]) -> Section | None:
-    if not changes:
+def _similarity(comparisons: Sequence[Compared]) -> Section | None:
+    alike = [(compared.change, found) for compared in comparisons if (found := compared.metrics["similarity"])]
+    if not alike:
         return None
     drawings, rows = [], []
-    for number, change in enumerate(changes):
-        found = folder.read("similarity", *change.below)["similarity"]
+    for number, (label, found) in enumerate(alike):
         panels: dict[str, dict[str, list[float]]] = {}
         for site in SITE_TITLES:
             panels[site] = {
@@ -147,11 +130,11 @@ def _similarity(folder: Folder, changes: Sequence[_Change]) -> Section | None:
                 for moment, when in MOMENTS.items()
                 if f"{site}.{moment}.{key}" in found
             }
-        alt = f"Cosine similarity by layer of the update of {change.label}"
-        png = figures.similarity_by_layer(f"{change.label}: cosine of the update ΔW and ...", panels)
+        alt = f"Cosine similarity by layer of the update of {label}"
+        png = figures.similarity_by_layer(f"{label}: cosine of the update ΔW and ...", panels)
         drawings.append(Drawing(f"similarity_{number:02d}", png, alt))
         for what in panels["ffn_up"]:
-            rows.append([f"{change.label}: {what}", *(f"{fmean(panels[site][what]):+.3f}" for site in SITE_TITLES)])
+            rows.append([f"{label}: {what}", *(f"{fmean(panels[site][what]):+.3f}" for site in SITE_TITLES)])
     text = (
         "Cosine similarity between the LoRA update ΔW and the target's weight W, the base W - ΔW that it is trained on,"
         " and the source's sub-matrix it was cut from: mean over neuron rows by layer, at the start and after training."
@@ -162,9 +145,8 @@ def _similarity(folder: Folder, changes: Sequence[_Change]) -> Section | None:
     return Section("What do the adapters resemble?", text, drawings, [Grid(heads, rows)], wide=True)
 
 
-def _deltas(folder: Folder, settings: Mapping[str, Any], changes: Sequence[_Change]) -> Section | None:
-    items = [(f"{name}: chat - base", folder.read("deltas", name)) for name in settings["sft"]]
-    items += [(change.label, folder.read("deltas", *change.below)) for change in changes]
+def _deltas(comparisons: Sequence[Compared]) -> Section | None:
+    items = [(compared.change, found) for compared in comparisons if (found := compared.metrics["ranges"])]
     if not items:
         return None
     drawings, rows = [], []
@@ -191,23 +173,22 @@ def _deltas(folder: Folder, settings: Mapping[str, Any], changes: Sequence[_Chan
     return Section("How large are the deltas?", text, drawings, [Grid(heads, rows)])
 
 
-def _neurons(folder: Folder, settings: Mapping[str, Any]) -> Section | None:
+def _neurons(neurons: Sequence[Neurons]) -> Section | None:
     grids = []
-    for task in settings["analysed_task"]:
-        for model in settings["models"]:
-            for example in folder.read("neurons", model, task)["examples"]:
-                rows = [
-                    [
-                        SITE_TITLES[neuron["site"]].removesuffix("_proj"),
-                        str(neuron["layer"]),
-                        str(neuron["neuron"]),
-                        f"{neuron['score']:+.3f}",
-                        " ".join(token.replace("\n", "⏎").replace(" ", "␣") for token in neuron["tokens"]),
-                    ]
-                    for neuron in example["neurons"]
+    for model, found in neurons:
+        for example in found["examples"]:
+            rows = [
+                [
+                    SITE_TITLES[neuron["site"]].removesuffix("_proj"),
+                    str(neuron["layer"]),
+                    str(neuron["neuron"]),
+                    f"{neuron['score']:+.3f}",
+                    " ".join(token.replace("\n", "⏎").replace(" ", "␣") for token in neuron["tokens"]),
                 ]
-                caption = f"{model}, {example['id']}: predicts {example['predicted']!r}"
-                grids.append(Grid(["site", "layer", "neuron", "score (nats)", "top tokens of the lens"], rows, caption))
+                for neuron in example["neurons"]
+            ]
+            caption = f"{model}, {example['id']}: predicts {example['predicted']!r}"
+            grids.append(Grid(["site", "layer", "neuron", "score (nats)", "top tokens of the lens"], rows, caption))
     if not grids:
         return None
     text = (

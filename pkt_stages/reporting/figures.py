@@ -6,6 +6,7 @@ that the figures read the same in print.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,19 @@ from typing import Any
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 CLOSE = 5
 SITE_TITLES = {"ffn_up": "up_proj", "ffn_down": "down_proj", "attn_v": "v_proj", "attn_o": "o_proj"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: the name of its file, the image, and what it shows in words."""
+
+    name: str
+    png: bytes
+    alt: str
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode()
 
 
 @dataclass

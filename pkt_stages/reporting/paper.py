@@ -1,15 +1,15 @@
-"""Our numbers beside the paper's: its claims as paired tests, its tables where the profile has its models."""
+"""The paper's names, its claims as paired tests of our numbers, its tables where the profile has its models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from pkt_stages.reporting.table import SEED, Cell, Difference, results, title_of
+from pkt_stages.reporting.table import SEED, Cell, Difference, Row, results
 
 # Metrics of one pair by row and task; the source's and the target's rows go by these two words.
 Metrics = Mapping[str, Mapping[str, dict[str, Any]]]
@@ -75,6 +75,20 @@ def _content() -> dict[str, Any]:
     return dict(yaml.safe_load(files("pkt_stages.reporting").joinpath("paper.yaml").read_text(encoding="utf-8")))
 
 
+def titles(methods: Iterable[str]) -> dict[str, str]:
+    """What tables and figures call these methods: as the paper does, a variant by what its name adds.
+
+    `laten_steps_16` is "LaTen, steps 16"; a name that begins with none of the paper's is shown with blanks.
+    """
+    known = _content()["titles"]
+    found = {}
+    for method in methods:
+        start = max((name for name in known if f"{method}_".startswith(f"{name}_")), key=len, default="")
+        more = method.removeprefix(start).strip("_").replace("_", " ")
+        found[method] = ", ".join(part for part in (known.get(start), more) if part)
+    return found
+
+
 def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Claim]:
     """The claims (`claims` of the paper, or `controls`) whose two rows are there, each tested on every task.
 
@@ -121,25 +135,24 @@ def _paper_difference(paper: Mapping[str, Mapping[str, float]], claim: Mapping[s
     return None if scores[0] is None or scores[1] is None else scores[0] - scores[1]
 
 
-def tables(cells: Mapping[tuple[str, str], Mapping[str, Mapping[str, Cell]]]) -> list[PaperTable]:
+def tables(rows: Mapping[tuple[str, str], Mapping[str, Row]]) -> list[PaperTable]:
     """The paper's tables with ours beside, for those of its rows that the profile has.
 
     Args:
-        cells: by (source, target), row (`source`, `target` or a method) and task.
+        rows: by (source, target) and name: `source`, `target` or a method's.
     """
     content = _content()
     made = []
     for table in content["tables"]:
-        rows = []
+        found = []
         for key, methods in table["rows"].items():
             pair = content["pairs"][key]
-            ours = cells.get((pair["source"], pair["target"]), {})
-            for method in methods:
-                scores = content["scores"][key][method]
-                both = {t: (ours[method][t], scores[t]) for t in table["tasks"] if method in ours and t in ours[method]}
-                if both:
-                    label = {"source": "source", "target": "target"}.get(method) or title_of(method)
-                    rows.append(PaperRow(pair["name"], label, both))
-        if rows:
-            made.append(PaperTable(table["number"], table["title"], table["tasks"], rows))
+            ours = rows.get((pair["source"], pair["target"]), {})
+            for method in (m for m in methods if m in ours):
+                cells, scores = ours[method].cells, content["scores"][key][method]
+                if both := {task: (cells[task], scores[task]) for task in table["tasks"] if task in cells}:
+                    label = method if method in ("source", "target") else ours[method].label
+                    found.append(PaperRow(pair["name"], label, both))
+        if found:
+            made.append(PaperTable(table["number"], table["title"], table["tasks"], found))
     return made

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,34 +12,8 @@ from pkt_stages.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASKS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval", "mbpp": "MBPP"}
 TESTS = {"mcnemar": "McNemar", "sign_flip": "sign flip"}
-# Slug of a method -> its title, in the table's order. A slug that is not here is shown as it is.
-TITLES = {
-    "laten": "LaTen",
-    "unaligned_seeking": "Seeking, unaligned",
-    "unaligned_seeking_full": "Seeking, unaligned, whole blocks",
-    "postpkt_random": "LoRA, random init",
-    "postpkt_pissa": "LoRA, PiSSA init",
-    "postpkt_seeking": "LoRA, Seeking init",
-    "seqkd": "SeqKD",
-    "kd": "supervised KD",
-    "gkd": "GKD",
-    "control_random_delta": "random delta of LaTen's norm",
-    "control_shuffled_rows": "LaTen on shuffled rows",
-    "control_random_neurons": "LaTen on random neurons' rows",
-    "control_random_rows": "LaTen on random rows",
-}
-FEW = "_few"
-MODELS = "Models"
-# Group of rows -> its methods, as a pattern; in the table's order.
-GROUPS = {
-    "PrePKT": r"laten.*|unaligned_.*",
-    "PostPKT": r"postpkt_.*",
-    "Distillation": r"(seq|g)?kd(_.*)?",
-    "Controls": r"control_.*",
-    "Other": r".*",
-}
+MODELS = "Models"  # the section above those of the methods
 ALPHA = 0.05
 SEED = 0
 
@@ -107,12 +80,18 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model or a method: its group, what it is called, and its cells by task."""
+class Head:
+    """A model or a method: its name in the params, the section of the table it stands in, and what it is called."""
 
     slug: str
     group: str
     label: str
+
+
+@dataclass(frozen=True)
+class Row(Head):
+    """With its cells by task."""
+
     cells: dict[str, Cell]
 
     @property
@@ -120,39 +99,6 @@ class Row:
         """How many runs, as `3`, or `1-3` where tasks differ."""
         counts = [len(cell.runs) for cell in self.cells.values()]
         return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
-
-
-def title_of(method: str) -> str:
-    """How a method is called in the tables; an unknown one keeps its slug."""
-    whole = method.removesuffix(FEW)
-    if whole in TITLES:
-        return TITLES[whole] + (", align set" if whole != method else "")
-    if variant := re.fullmatch(r"laten_(.+)", method):
-        return f"{TITLES['laten']}, {variant[1].replace('_', ' ')}"
-    if grid := re.fullmatch(r"unaligned_([^_]+)_([^_]+)_([^_]+)", method):
-        layers, width, neurons = grid.groups()
-        return f"grid {layers}/{'PCA' if width == 'pca' else width}/{neurons}"
-    return method
-
-
-def group_of(method: str) -> str:
-    """The group of rows that a method belongs to."""
-    return next(name for name, pattern in GROUPS.items() if re.fullmatch(pattern, method))
-
-
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Methods by group; inside a group those trained on the align set last, then as in `TITLES`, then as given."""
-    groups, known = list(GROUPS), list(TITLES)
-
-    def place(method: str) -> tuple[int, bool, int]:
-        whole = method.removesuffix(FEW)
-        return (
-            groups.index(group_of(method)),
-            whole != method,
-            known.index(whole) if whole in known else len(known),
-        )
-
-    return sorted(methods, key=place)
 
 
 def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None) -> Cell:
@@ -203,22 +149,19 @@ def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any])
             )
 
 
-def table(metrics: dict[str, dict[str, dict[str, Any]]], source: str, target: str) -> list[Row]:
-    """The table: `metrics[row][task]`, rows being the source, the target and methods, as rows in the table's order."""
+def table(heads: Sequence[Head], metrics: Mapping[str, Mapping[str, dict[str, Any]]], target: str) -> list[Row]:
+    """The table's rows, in the order of `heads`, from `metrics[slug][task]`; `target` is a slug."""
     import torch
 
     from pkt_stages.core.statistics import holm
 
-    labels = {source: f"source: {source}", target: f"target: {target}"}
-    methods = in_order(name for name in metrics if name not in labels)
     rows = []
-    for name in [*labels, *methods]:
+    for head in heads:
         cells = {
-            task: summarise(name, found, None if name == target else metrics[target][task])
-            for task, found in metrics[name].items()
+            task: summarise(head.slug, found, None if head.slug == target else metrics[target][task])
+            for task, found in metrics[head.slug].items()
         }
-        group = MODELS if name in labels else group_of(name)
-        rows.append(Row(name, group, labels.get(name) or title_of(name), cells))
+        rows.append(Row(head.slug, head.group, head.label, cells))
     for task in metrics[target]:
         compared = [(row, versus) for row in rows if (versus := row.cells[task].versus) is not None]
         adjusted = holm(torch.tensor([versus.p_value for _, versus in compared], dtype=torch.float64))
@@ -227,11 +170,14 @@ def table(metrics: dict[str, dict[str, dict[str, Any]]], source: str, target: st
     return rows
 
 
-def markdown(rows: list[Row], tasks: list[str]) -> str:
-    """Scores, then differences to the target, as two Markdown tables that a terminal shows aligned; in percent."""
-    sizes = {task: rows[0].cells[task].n for task in tasks}
-    scores = [["score", "runs", *(f"{TASKS.get(t, t)} (n {sizes[t]})" for t in tasks)]]
-    differences = [["difference to the target", *(TASKS.get(t, t) for t in tasks)]]
+def markdown(rows: list[Row], tasks: Mapping[str, str]) -> str:
+    """Scores, then differences to the target, as two Markdown tables that a terminal shows aligned; in percent.
+
+    Args:
+        tasks: their titles by name.
+    """
+    scores = [["score", "runs", *(f"{title} (n {rows[0].cells[task].n})" for task, title in tasks.items())]]
+    differences = [["difference to the target", *tasks.values()]]
     for group, members in groupby(rows, lambda row: row.group):
         for table in (scores, differences):
             if group != MODELS:

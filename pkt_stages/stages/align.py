@@ -161,8 +161,7 @@ def read_data(tokenizer: Any, selection: Selection, extract: Path, align: Path, 
         )
     if params.steps > len(known):
         raise UserError(f"{params.steps} steps need as many extract examples, the selection has {len(known)}")
-    if not selection.examples("transfer"):
-        raise UserError("the selection names no transfer example; attribute transfer.jsonl, too (--transfer)")
+    selection.transferred(None)  # there must be some
     aligned = read_examples(align)
     ids = [e.id for e in aligned]
     if len(set(ids)) < len(ids):

@@ -23,9 +23,6 @@ from pkt_stages.params import build
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pkt_stages.models.rows import Checkpoint
-    from pkt_stages.models.sites import Geometry
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -111,42 +108,6 @@ def run(source: Artifact, target: Artifact, rule: Rule, max_rate: float) -> dict
     return tensors
 
 
-def random_neurons(sizes: Geometry, counts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """So many random neurons of every source layer, [source_layer, rank] by sublayer."""
-    import torch
-
-    found = {}
-    for sublayer, size in (("ffn", sizes.d_ff), ("attn", sizes.num_attn_neurons)):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [torch.randperm(size, generator=generator)[: counts[sublayer]] for _ in range(sizes.num_layers)]
-        found[f"{sublayer}_random_neurons"] = torch.stack(drawn)
-    return found
-
-
-def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
-    import torch
-
-    from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE
-    from pkt_stages.progress import track
-
-    tensors = {}
-    for layer in track(range(sizes.num_layers), "reading rows"):
-        for sublayer in ("ffn", "attn"):
-            wanted = []
-            for variant in sorted({name.partition(".")[0] for name in selection if "." in name}):
-                here = selection[f"{variant}.{sublayer}_layers"][..., 0] == layer
-                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][here].flatten())
-            if not any(map(len, wanted)):
-                continue
-            neurons = torch.cat([*wanted, selection[f"{sublayer}_random_neurons"][layer]]).unique()
-            tensors[f"neurons.{sublayer}.{layer}"] = neurons
-            for site in SITES:
-                if SUBLAYER_OF_SITE[site] == sublayer:
-                    tensors[f"{site}.{layer}"] = checkpoint.neuron_rows(sizes, layer, site, neurons)
-    return tensors
-
-
 @with_params("select", SelectParams)
 def select(
     params: SelectParams,
@@ -158,7 +119,7 @@ def select(
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
     from pkt_stages.models.load import identity, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
-    from pkt_stages.models.selection import INDICES, ROWS
+    from pkt_stages.models.selection import INDICES, ROWS, extract_rows, random_neurons
     from pkt_stages.models.sites import geometry
 
     watch = Stopwatch()

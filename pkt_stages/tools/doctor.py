@@ -184,7 +184,7 @@ def sandbox() -> Iterator[Finding]:
     elif level is None:
         yield Finding("sandbox", "bad", "none works", "humaneval and mbpp cannot be evaluated on this host")
     else:
-        advice = "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.common.sandbox_floor"
+        advice = "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.sandbox_floor"
         yield Finding("sandbox", "note", f"{level} at most", advice)
 
 

@@ -1,7 +1,8 @@
 """Where does a tensor come from, and is it whole? Prints what a stage made: metadata, stage, shapes, ranges, checks.
 
-An artifact says itself which models and params it is of. An adapter in PEFT's format, a folder or a page cannot: for
-these the stage in dvc.lock says it, and whether this is still the file that the stage made.
+An artifact says itself which models and params it is of, a row of the table in its list of changes. A single adapter in
+PEFT's format, another folder or a page cannot: for these the stage in dvc.lock says it, and whether this is still the
+file that the stage made.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTH = 120
+KINDS = [kind for kind in vars(artifacts).values() if isinstance(kind, artifacts.Kind)]
 FIRST = 3  # of a long list
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="What a stage made: an artifact (.safetensors), an adapter, a folder.")],
+    file: Annotated[Path, typer.Argument(help="What a stage made: an artifact (.safetensors), a row, an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, for scripts.")] = False,
 ) -> None:
-    """Show what an artifact is: kind, stage, models, revisions, params, tensors with shapes and ranges; check it."""
+    """Show what it is: kind, stage, models, revisions, params, changes or tensors with shapes and ranges; check it."""
     found = run(file)
     typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(map(printable, lines(found))))
     if bad := [name for name, tensor in found.get("tensors", {}).items() if not tensor["finite"]]:
@@ -40,24 +42,29 @@ def run(file: Path) -> dict[str, Any]:
     """Everything about a file or folder as JSON values.
 
     Raises:
-        UserError: it is not here, it is no artifact or adapter and no stage has made it, or its tensors are not those
-            of its kind.
+        UserError: it is not here, it is no artifact, row or adapter and no stage has made it, or its tensors are not
+            those of its kind.
     """
-    from pkt_stages.models import adapters
+    from pkt_stages.models import adapters, changes
 
     if file.name in (adapters.CONFIG, adapters.WEIGHTS) and adapters.is_adapter(file.parent):
+        file = file.parent
+    if file.name == changes.LIST:
         file = file.parent
     stage = origin(file)
     if stage is not None and not file.exists():
         raise UserError(f"{file}: not here; fetch it with: dvc pull {stage.stage}")
+    if (file / changes.LIST).is_file():
+        return about(file, stage) | row(file)
     if adapters.is_adapter(file):
         return about(file, stage) | adapter(file, stage)
     if stage is None and file.exists() and (file.is_dir() or file.suffix != ".safetensors"):
         raise UserError(
-            f"{file}: expected an artifact (.safetensors), a LoRA adapter's folder, or what a stage in dvc.lock made"
+            f"{file}: expected an artifact (.safetensors), a row's or a LoRA adapter's folder, or what a stage in"
+            " dvc.lock made"
         )
     if stage is None or file.suffix == ".safetensors":
-        return about(file, stage) | artifact(file, stage)
+        return about(file, stage) | artifact(file)
     inside = sorted(p.relative_to(file).as_posix() for p in file.rglob("*") if p.is_file()) if file.is_dir() else []
     return about(file, stage) | {
         "what": "folder" if file.is_dir() else "file",
@@ -79,40 +86,48 @@ def about(file: Path, stage: Origin | None) -> dict[str, Any]:
     return found
 
 
-def artifact(file: Path, stage: Origin | None) -> dict[str, Any]:
-    opened = artifacts.load(file, artifacts.kind_of(file))
+def artifact(file: Path) -> dict[str, Any]:
+    kind = artifacts.kind_of(file, KINDS)
+    opened = artifacts.load(file, kind)
     meta = dict(opened.meta)
     return {
-        "what": f"{meta['kind']} artifact",
-        "made_by": maker(meta),
+        "what": f"{kind.name} artifact",
+        "made_by": f"pkt {meta['command']}" if "command" in meta else kind.made_by,
         "meta": meta,
         "tensors": {name: describe(opened[name]) for name in sorted(opened.shapes)},
     }
 
 
-def maker(meta: Mapping[str, Any]) -> str:
-    """The command that made an artifact; three make deltas."""
-    params = meta.get("params")
-    if meta["kind"] == "delta" and isinstance(params, dict):
-        if "control" in params:
-            return "pkt control"
-        if "approach" in params:
-            return "pkt unaligned"
-    return artifacts.KINDS[meta["kind"]].made_by
+def row(folder: Path) -> dict[str, Any]:
+    """A row of the table: what made it, and its changes."""
+    from pkt_stages.models.changes import read_changes
+
+    opened = read_changes(folder)
+    count = len(opened.items)
+    return {
+        "what": f"row of the table with {count} change{'s' if count > 1 else ''}",
+        "made_by": f"pkt {opened.meta['command']}",
+        "meta": dict(opened.meta),
+        "changes": [
+            {"label": label, "kind": stored.kind, "file": stored.path.name, **stored.facts}
+            for label, stored in opened.items.items()
+        ],
+    }
 
 
 def adapter(folder: Path, stage: Origin | None) -> dict[str, Any]:
-    from pkt_stages.models import adapters
+    from pkt_stages.models import adapters, changes
 
+    made = changes.read_changes(folder.parent).meta if (folder.parent / changes.LIST).is_file() else {}
     opened = adapters.load_adapter(folder)
     config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
     weights = folder / adapters.WEIGHTS
     return {
         "what": "LoRA adapter (PEFT)",
-        "made_by": stage.command if stage else None,
+        "made_by": f"pkt {made['command']}" if made else stage.command if stage else None,
         "bytes": weights.stat().st_size,
         "sha256": artifacts.content_hash(weights),
-        "meta": {"target": config.get("base_model_name_or_path"), "rank": opened.rank, "alpha": opened.alpha},
+        "meta": {"target": config.get("base_model_name_or_path"), **made, "rank": opened.rank, "alpha": opened.alpha},
         "tensors": {
             f"{module}.{letter}": describe(factor)
             for module, pair in sorted(opened.factors.items())
@@ -147,7 +162,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     stage = found.get("stage")
     if stage is not None:
         yield f"  stage: {stage['name']}"
-    elif kind is None:
+    elif kind is None and "params" not in meta:
         yield "  stage: unknown, no dvc.lock around it names this; an adapter itself holds no revision and no params"
     for name, value in flat(meta):
         yield from wrapped(name, value)
@@ -158,13 +173,19 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("files"):
         yield f"  {len(found['files'])} files, to be inspected one by one:"
         yield from (f"    {name}" for name in found["files"])
+    if found.get("changes"):
+        yield "  changes, to be inspected one by one:"
+    for change in found.get("changes", ()):
+        told = {key: value for key, value in change.items() if key != "label"}
+        for name, value in flat({change["label"]: told}):
+            yield from (f"  {line}" for line in wrapped(name, value))
     tensors = found.get("tensors", {})
     if tensors:
         yield f"  {len(tensors)} tensors:"
     for name, tensor in tensors.items():
         span = f"  {tensor['min']:.6g} .. {tensor['max']:.6g}" if "min" in tensor else ""
         yield f"    {name}  {tensor['dtype']} {tensor['shape']}{span}{'' if tensor['finite'] else '  NOT FINITE'}"
-    said = []
+    said = ["all that it names is there"] if found.get("changes") else []
     if tensors:
         finite = all(tensor["finite"] for tensor in tensors.values())
         said.append("as its kind declares, all values finite" if finite else "NOT FINITE")

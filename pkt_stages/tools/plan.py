@@ -6,26 +6,40 @@ of two or three; nothing is loaded. Sizes come from a model's `hub.yaml` if it h
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
+from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import SITES, Geometry
-from pkt_stages.params import read_method, read_section
+from pkt_stages.params import build, read_settings
+from pkt_stages.profile import read_profile
+from pkt_stages.reach import Package
+from pkt_stages.stages import code
+from pkt_stages.stages.align import AlignParams
+from pkt_stages.stages.attribute import AttributeParams
+from pkt_stages.stages.compare import CompareParams
+from pkt_stages.stages.distill import DistillParams
+from pkt_stages.stages.finetune import FinetuneParams
+from pkt_stages.stages.generate import GenerateParams
+from pkt_stages.stages.prepare import PrepareParams
+from pkt_stages.stages.seek import SeekParams
 
 if TYPE_CHECKING:
     from pkt_stages.tools.sweep import Graph
 
+Params = TypeVar("Params")
 GIB = 2**30
-TEST_ROWS = {"mmlu": 14042, "gsm8k": 1319, "humaneval": 164, "mbpp": 500}  # of the benchmarks
-ANSWER_TOKENS = {"mmlu": 0, "gsm8k": 150, "humaneval": 150, "mbpp": 150}  # written per answer, about
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
+WRITTEN_TOKENS = 150  # per answer of the source that is trained on, about
 START_SECONDS = 10  # of a process: imports, reading weights not counted
 
 
@@ -74,15 +88,17 @@ class Estimator:
         """
         self._root, self._tokens = root, tokens
         self._sizes: dict[str, Geometry] = {}
+        self._given: dict[tuple[Path, str, str | None, str | None], dict[str, Any]] = {}
 
     def need(self, command: str) -> Need:
         """
         Raises:
-            UserError: a model's sizes are not known here.
+            UserError: a model's sizes are not known here, a section of the params is malformed, or the command lacks
+                an option.
         """
-        words = shlex.split(command)
-        options = {name: value for name, value in pairwise(words) if name.startswith("--")}
-        formula = getattr(self, f"_{words[1]}", None)
+        words = [*shlex.split(command), "", ""]
+        formula = getattr(self, f"_{words[1]}", None) if words[0] == "pkt" else None
+        options = _Options({name: value for name, value in pairwise(words) if name.startswith("--")})
         found: Need = formula(options) if formula is not None else Need()
         return found
 
@@ -96,29 +112,37 @@ class Estimator:
             self._sizes[name] = Geometry(**known) if known else geometry(load_config(ref))
         return self._sizes[name], num_parameters(self._sizes[name])
 
-    def _section(self, options: Mapping[str, str], section: str, task: str | None) -> dict[str, Any]:
-        file = self._root / options["--params"]
-        values = read_section(file, section, task)
-        if "--method" in options and section not in ("prepare", "evaluate"):
-            values = {**values, **read_method(file, options["--method"], section)}
-        return values
+    def _settings(self, options: Mapping[str, str], command: str, cls: type[Params]) -> Params:
+        """The settings in force for the command's task and method, but for those of the method's own code."""
+        if "--params" not in options:
+            return cls()
+        file, given = self._read(options, command)
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return build(cls, {name: value for name, value in given.items() if name in known}, f"{file}: {command}")
 
-    def _count(self, options: Mapping[str, str], name: str) -> int:
-        """How many examples the profile's sets hold; the most of any task, where the command does not name its own."""
-        found = read_section(self._root / options["--params"], "prepare", options.get("--task"))
-        return int(found[name])
+    def _read(self, options: Mapping[str, str], command: str) -> tuple[Path, dict[str, Any]]:
+        """The params file, and what it says of a command's settings; read once, as it is large."""
+        key = (self._root / options["--params"], command, options.get("--task"), options.get("--method"))
+        if key not in self._given:
+            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3])
+        return key[0], dict(self._given[key])
+
+    def _prepared(self, options: Mapping[str, str]) -> PrepareParams:
+        """How many examples the sets hold: of the task, if the command names one, else without what tasks change."""
+        named = {name: options[name] for name in ("--params", "--task") if name in options}
+        return self._settings(named, "prepare", PrepareParams)
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
-        settings = self._section(options, "attribute", None)
-        examples = self._count(options, "extract") + self._count(options, "transfer")
-        variants = len(settings["norms"])
+        settings, prepared = self._settings(options, "attribute", AttributeParams), self._prepared(options)
+        examples = prepared.extract + prepared.transfer
+        variants = len(settings.norms)
         neurons = sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons)
-        stored = sizes.num_layers * (sizes.d_ff + len(settings["coefficients"]) * sizes.num_attn_neurons)
+        stored = sizes.num_layers * (sizes.d_ff + len(settings.coefficients) * sizes.num_attn_neurons)
         lens = 2 * sizes.vocab_size * neurons
         return Need(
             flops=2 * size * examples * self._tokens + lens * (sizes.d_model + 4 * examples * variants),
-            memory=size * WIDTHS[settings.get("dtype", "auto")] + 8 * sizes.vocab_size * sizes.d_model,
+            memory=size * WIDTHS[settings.dtype] + 8 * sizes.vocab_size * sizes.d_model,
             disk=4 * examples * variants * stored,
         )
 
@@ -129,27 +153,31 @@ class Estimator:
 
     def _align(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--target"])
-        settings = self._section(options, "align", options["--task"])
+        settings = self._settings(options, "align", AlignParams)
         # The mapping's width is the source's; the target's stands in for it, which underrates by a third or so.
         mapping = len(SITES) * 2 * sizes.d_model**2
-        validated = settings["validation_size"] * self._count(options, "transfer")
-        tokens = self._tokens * (2 * settings["batch_size"] + validated) * settings["steps"]
+        validated = settings.validation_size * self._prepared(options).transfer
+        tokens = self._tokens * (2 * settings.batch_size + validated) * settings.steps
         activations = 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * 2
         return Need(
             flops=2 * size * tokens,
-            memory=size * WIDTHS[settings.get("dtype", "auto")] + activations + 16 * mapping,
-            disk=4 * mapping * settings["steps"],
+            memory=size * WIDTHS[settings.dtype] + activations + 16 * mapping,
+            disk=4 * mapping * settings.steps,
         )
 
     def _inject(self, options: Mapping[str, str]) -> Need:
         sizes, _ = self._model(options["--target"])
-        file = self._root / options["--params"]
-        settings, examples = read_section(file, "align", None), read_section(file, "prepare", None)
-        return Need(disk=settings["rate"] * examples["transfer"] * self._rows(sizes))
+        rate = self._settings(options, "align", AlignParams).rate
+        return Need(disk=rate * self._prepared(options).transfer * self._rows(sizes))
 
-    def _unaligned(self, options: Mapping[str, str]) -> Need:
+    def _derive(self, options: Mapping[str, str]) -> Need:
+        """Of a delta that is made from another one, as many bytes as that has: few."""
+        if "--target" not in options:
+            return Need()
         sizes, _ = self._model(options["--target"])
-        rank = self._section(options, "unaligned", None).get("rank")
+        file, given = self._read(options, "derive")
+        module = methods.load(str(given.pop("code", "")), "derive")
+        rank = getattr(build(module.Params, given, f"{file}: {options['--method']}"), "rank", None)
         return Need(disk=self._adapter(sizes, rank) if rank else self._rows(sizes))
 
     @staticmethod
@@ -163,51 +191,57 @@ class Estimator:
 
     def _seek(self, options: Mapping[str, str]) -> Need:
         (source, size), (target, _) = self._model(options["--source"]), self._model(options["--target"])
-        settings = self._section(options, "seek", None)
+        width = WIDTHS[self._settings(options, "seek", SeekParams).dtype]
         held, kept = (
             s.num_layers * sum(rows * columns for rows, columns in map(s.weight_shape, SITES)) for s in (source, target)
         )
-        width = WIDTHS[settings.get("dtype", "auto")]
         return Need(
-            flops=6 * size * self._count(options, "extract") * self._tokens,
+            flops=6 * size * self._prepared(options).extract * self._tokens,
             memory=size * width + 4 * held + self._tokens * source.num_layers * 34 * source.d_model * 2,
             disk=width * kept,
         )
 
     def _finetune(self, options: Mapping[str, str]) -> Need:
-        return self._training(options, "finetune", sources=0)
+        return self._training(options, self._settings(options, "finetune", FinetuneParams), source=0, written=False)
 
     def _distill(self, options: Mapping[str, str]) -> Need:
-        return self._training(options, "distill", sources=1)
+        settings = self._settings(options, "distill", DistillParams)
+        source = self._model(options["--source"])[1]
+        return self._training(options, settings, source=source, written=settings.objective == "gkd")
 
-    def _training(self, options: Mapping[str, str], section: str, sources: int) -> Need:
+    def _training(
+        self, options: Mapping[str, str], settings: FinetuneParams | DistillParams, *, source: int, written: bool
+    ) -> Need:
+        """
+        Args:
+            source: its parameters, if it is there, too.
+            written: the target writes its own answers.
+        """
         sizes, size = self._model(options["--target"])
-        settings = self._section(options, section, options["--task"])
-        examples = settings.get("num_examples") or self._count(options, settings["train_set"])
-        tokens = examples * self._tokens * settings["epochs"] * len(settings["seeds"])
-        beside = self._model(options["--source"])[1] if sources else 0
-        own = settings.get("objective") == "gkd"
-        width = WIDTHS[settings["dtype"]]
+        examples = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        tokens = examples * self._tokens * settings.epochs * len(settings.seeds)
+        width = WIDTHS[settings.dtype]
         return Need(
-            flops=(4 * size + 2 * beside) * tokens,
+            flops=(4 * size + 2 * source) * tokens,
             # Written a token at a time, a micro-batch of 4 together.
-            moved=own * tokens / 2 / 4 * size * width,
-            memory=(size + beside) * width + 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * width,
-            disk=self._adapter(sizes, settings["rank"]) * len(settings["seeds"]),
+            moved=written * tokens / 2 / 4 * size * width,
+            memory=(size + source) * width + 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * width,
+            disk=self._adapter(sizes, settings.rank) * len(settings.seeds),
         )
 
     def _generate(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--source"])
-        return self._written(size, self._count(options, "train"), 150, WIDTHS["auto"])
+        settings = self._settings(options, "generate", GenerateParams)
+        answers = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        return self._written(size, answers, WRITTEN_TOKENS, WIDTHS[settings.dtype])
 
     def _evaluate(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--model"])
-        task = options["--task"]
-        settings = self._section(options, "evaluate", task)
-        rows = settings.get("limit") or self._section(options, "prepare", task).get("test") or TEST_ROWS[task]
-        runs = self._count(options, "transfer") if "--delta" in options else 1
-        answers = rows * runs * settings["num_samples"]
-        return self._written(size, answers, ANSWER_TOKENS[task], WIDTHS[settings["dtype"]])
+        task = tasks.load(options["--task"])
+        settings, prepared = self._settings(options, "evaluate", EvaluateParams), self._prepared(options)
+        rows = settings.limit or prepared.test or task.num_test
+        runs = prepared.transfer if "--delta" in options else 1
+        return self._written(size, rows * runs * settings.num_samples, task.answer_tokens, WIDTHS[settings.dtype])
 
     def _written(self, size: int, answers: int, tokens: int, width: int) -> Need:
         """Prompts are read at the speed of arithmetic, answers written at that of memory, 64 at a time."""
@@ -218,21 +252,46 @@ class Estimator:
             disk=answers * 1000,
         )
 
-    def _cka(self, options: Mapping[str, str]) -> Need:
-        sizes = [self._model(options[side])[1] for side in ("--first", "--second")]
-        settings = self._section(options, "cka", None)
-        return Need(flops=2 * sum(sizes) * settings["num_texts"] * self._tokens, memory=2 * sum(sizes))
+    def _compare(self, options: Mapping[str, str]) -> Need:
+        first = self._model(options["--first"])[1]
+        sizes = first + self._model(options.get("--second", options["--first"]))[1]
+        settings = self._settings(options, "compare", CompareParams)
+        return Need(flops=2 * sizes * settings.num_texts * self._tokens, memory=WIDTHS[settings.dtype] * sizes)
+
+
+class _Options(dict[str, str]):
+    """A command's options."""
+
+    def __missing__(self, name: str) -> str:
+        raise UserError(f"a stage's command lacks {name}, which its estimate needs; see dvc.yaml")
 
 
 def stale(graph: Graph) -> list[Any]:
-    """The stages that are out of date, or follow from one that is."""
+    """The stages that are out of date, or follow from one that is.
+
+    From `code` follows only what its new hashes change.
+    """
+    coded = [stage for stage in graph.stages if str(stage.cmd).startswith("pkt code ")]
+    known = {path: md5 for stage in coded for path, md5 in code_hashes(stage).items()}
     found: dict[Any, bool] = {}
     with graph.locked() as locked:
         if not locked:
             raise UserError("DVC is in use here; try again when its command has ended")
         for stage in graph.stages:
-            found[stage] = any(found[u] for u in graph.upstream[stage]) or graph.changed(stage)
+            upstream = [found[u] for u in graph.upstream[stage] if u not in coded]
+            found[stage] = any(upstream) or graph.changed(stage, known)
     return [stage for stage, changed in found.items() if changed]
+
+
+def code_hashes(stage: Any) -> dict[str, str]:
+    """MD5 of what a stage `pkt code --params FILE --out FOLDER` would write now, by path."""
+    options = _Options(pairwise(shlex.split(stage.cmd)))
+    package, out = Package(Path(__file__).parents[1]), Path(stage.wdir) / options["--out"]
+    begins = code.run(package, read_profile(Path(stage.wdir) / options["--params"]))
+    return {
+        str(out / name): hashlib.md5(f"{package.digest(nodes)}\n".encode()).hexdigest()
+        for name, nodes in begins.items()
+    }
 
 
 def plan(
@@ -255,10 +314,11 @@ def plan(
 
     if not tflops > 0 or not bandwidth > 0:
         raise UserError("--tflops and --bandwidth must be above 0")
-    repo = open_repo()
-    graph = Graph(repo, targets or [], glob=False, allow_missing=allow_missing)
-    machine, estimator = Machine(tflops * 1e12, bandwidth * 1e9), Estimator(Path(repo.root_dir), tokens)
-    needs = {stage.addressing: estimator.need(stage.cmd) for stage in stale(graph)}
+    machine = Machine(tflops * 1e12, bandwidth * 1e9)
+    with open_repo() as repo:
+        graph = Graph(repo, targets or [], glob=False, allow_missing=allow_missing)
+        estimator = Estimator(Path(repo.root_dir), tokens)
+        needs = {stage.addressing: estimator.need(str(stage.cmd)) for stage in stale(graph)}
     groups: dict[str, list[Need]] = {}
     for name, need in needs.items():
         groups.setdefault(name if each else name.split(":")[-1].split("@")[0], []).append(need)

@@ -46,7 +46,8 @@ def origin(path: Path) -> Origin | None:
         return None
     wanted = absolute.relative_to(root)
     for lock in locks(root):
-        for name, entry in stages(text_of(lock)).items():
+        entries = stages(text_of(lock))
+        for name, entry in entries.items():
             for out in entry.get("outs", ()):
                 if wanted.is_relative_to(out["path"]):
                     output = root / out["path"]
@@ -54,7 +55,7 @@ def origin(path: Path) -> Origin | None:
                         stage=address(root, lock, name),
                         command=" ".join(str(entry["cmd"]).split()[:2]),
                         params={k: v for section in entry.get("params", {}).values() for k, v in section.items()},
-                        inputs={d["path"]: d["md5"] for d in entry.get("deps", ()) if not is_code(d["path"])},
+                        inputs={d["path"]: d["md5"] for d in entry.get("deps", ()) if not is_code(d["path"], entries)},
                         is_current=output.exists() and md5(output) == out.get("md5"),
                     )
     return None
@@ -84,7 +85,8 @@ def check_inputs(words: Sequence[str]) -> None:
         if not any(f"path: {part.as_posix()}\n" in text for path in wanted for part in (path, *path.parents)):
             continue
         for name, entry in stages(text).items():
-            for out in entry.get("outs", ()):
+            # What the stage itself once made is no input: DVC has removed it, but for the folders around it.
+            for out in entry.get("outs", ()) if address(root, lock, name) != os.environ["DVC_STAGE"] else ():
                 if "md5" in out and (inside := {path for path in wanted if path.is_relative_to(out["path"])}):
                     found[out["path"]] = address(root, lock, name), out["md5"]
                     wanted -= inside
@@ -123,8 +125,10 @@ def stages(text: str) -> dict[str, Any]:
         return {}
 
 
-def is_code(path: str) -> bool:
-    return Path(path).parts[0] == __package__.split(".")[0]
+def is_code(path: str, entries: Mapping[str, Any]) -> bool:
+    """Whether a path is a hash of code: lies in what `pkt code` has written, by these records."""
+    coded = [entry for entry in entries.values() if str(entry.get("cmd")).startswith("pkt code ")]
+    return any(Path(path).is_relative_to(out["path"]) for entry in coded for out in entry.get("outs", ()))
 
 
 def md5(path: Path) -> str:

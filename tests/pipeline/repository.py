@@ -13,21 +13,22 @@ from typing import Any
 
 import yaml
 
-from pkt_stages.examples import write_rows
+from pkt_stages.examples import write_jsonl
 from tests.conftest import make_model
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def environment() -> dict[str, str]:
-    """Commands of dvc.yaml find `pkt` beside this interpreter."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def environment(folder: Path) -> dict[str, str]:
+    """Commands of dvc.yaml find `pkt` beside this interpreter, and the package in the repository itself."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder)}
 
 
 def dvc(folder: Path, *arguments: str) -> str:
@@ -48,15 +49,33 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def shrink(params: dict[str, Any]) -> None:
     """One task, no method, and sizes that take no time."""
-    params |= {"task": ["gsm8k"], "prepared_task": ["gsm8k"], "analysed_task": ["gsm8k"], "sft": []}
-    params |= {name: [] for name in params if name.endswith("_methods") or name == "seek_sources"}
-    params["cka"] |= {"num_texts": 6, "batch_size": 6}
-    params["finetune"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
-    params["prepare"]["common"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2, "seed": 0}
-    params["select"]["max_rate"] = 0.25
-    params["align"]["common"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "init_std": 0.02}
-    params["align"]["gsm8k"] = {"steps": 2}
-    params["evaluate"]["gsm8k"] = {"max_new_tokens": 4}
+    task = {part: {} for part in params["task"]["gsm8k"]} | {"align": {"steps": 2}, "evaluate": {"max_new_tokens": 4}}
+    params |= {"task": {"gsm8k": task}, "prepared_task": {"gsm8k": {}}, "seek_source": []}
+    params["analysed"] = {"task": ["gsm8k"], "methods": [], "seeking": [], "target_methods": []}
+    params["pairs"] = {"pair": {"first": "source-chat", "second": "target-chat"}}
+    params["compare"] = {"num_texts": 6, "batch_size": 6}
+    params["finetune"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
+    params["prepare"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2}
+    params["select"] = {"max_rate": 0.25}
+    params["align"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "max_length": 256}
+    rows(params)
+
+
+def rows(params: dict[str, Any], **made_by: dict[str, Any]) -> None:
+    """These rows and no others, by group; the unions that the graph takes from `made_by` follow."""
+    groups = {group: made_by.get(group, {}) for group in params["made_by"]}
+    without = ("grid", "finetune")
+    by_source = {name: entry for group, part in groups.items() if group not in without for name, entry in part.items()}
+    methods = by_source | groups["grid"] | groups["finetune"]
+    params |= {"made_by": groups, "by_source": by_source, "methods": methods}
+
+
+def add_row(params: dict[str, Any], group: str, name: str, entry: dict[str, Any]) -> None:
+    """One row more."""
+    rows(params, **(params["made_by"] | {group: params["made_by"][group] | {name: entry}}))
+
+
+LATEN = {"laten": {"init_std": 0.02}}
 
 
 def make_repository(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -74,9 +93,9 @@ def make_repository(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Pat
     make_model(folder / "data/tiny/target-chat", seed=2)
     for split, count in (("train", 20), ("test", 5)):
         rows = [{"question": f"{split} {i}?", "answer": f"One.\n#### {i}"} for i in range(count)]
-        write_rows(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
+        write_jsonl(folder / f"data/tiny/gsm8k/{split}.jsonl", rows)
     texts = [{"text": f"Text {i}: {'abcdef'[i] * (i + 3)}"} for i in range(6)]
-    write_rows(folder / "data/tiny/texts/texts.jsonl", texts)
+    write_jsonl(folder / "data/tiny/texts/texts.jsonl", texts)
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "git", "config", "user.email", "someone@example.com")
     run(folder, "git", "config", "user.name", "someone")

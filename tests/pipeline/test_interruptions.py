@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.repository import dvc, make_repository, ran, run, shrink
+from tests.pipeline.repository import LATEN, dvc, make_repository, ran, rows, run, shrink
 from tests.soak.interruptions import Fault, Write, contents, disturbed, leftovers, one_line, repro, undisturbed
 
 Run = Callable[..., tuple[int, str, str]]
-PAIR = "source-chat-target-chat-gsm8k"
-ALIGN, SELECT, SOURCE = f"align@laten-{PAIR}", f"select@{PAIR}", "attribute@source-chat-gsm8k"
-ROWS = "artifacts/tiny/select/source-chat-target-chat/gsm8k/rows.safetensors"
+OF = "source-chat-gsm8k"
+ALIGN, SELECT, SOURCE = f"align@laten-{OF}", f"select@{OF}", f"attribute@{OF}"
+SELECTED = "artifacts/tiny/select/source-chat/gsm8k"
+ROWS = f"{SELECTED}/rows.safetensors"
 
 
 def choose(params: dict[str, Any]) -> None:
     shrink(params)
-    params |= {"aligned_methods": ["laten"], "pair_methods": ["laten"]}
+    rows(params, align=LATEN)
 
 
 @pytest.fixture(scope="module")

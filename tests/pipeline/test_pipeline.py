@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
+from tests.pipeline.repository import LATEN as LATEN_ENTRY
+from tests.pipeline.repository import add_row, change, dvc, make_repository, ran, rows, run, shrink
 
-PAIR = "source-chat-target-chat-gsm8k"
-UPSTREAM = {"prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{PAIR}"}
-LATEN = {f"{stage}@laten-{PAIR}" for stage in ("align", "inject", "evaluate_transfer")}
-TARGET = "target-chat-gsm8k"
+OF = "source-chat-gsm8k"
+UPSTREAM = {"code", "prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{OF}"}
+LATEN = {f"{stage}@laten-{OF}" for stage in ("align", "inject", "evaluate")}
 # A method of the pair that follows from LaTen, and one that needs the target alone.
-OTHERS = {f"{stage}@control_random_delta-{PAIR}" for stage in ("control", "evaluate_transfer")}
-OTHERS |= {f"{stage}@postpkt_random-{TARGET}" for stage in ("finetune", "evaluate_target")}
+OTHERS = {f"{stage}@control_random_delta-{OF}" for stage in ("control", "evaluate")}
+OTHERS |= {f"{stage}@postpkt_random-gsm8k" for stage in ("finetune", "evaluate_target")}
 BASELINES = {"evaluate_model@source-chat-gsm8k", "evaluate_model@target-chat-gsm8k"}
-ANALYSIS = {"cka@source-chat-target-chat", f"deltas_transfer@laten-{PAIR}", "neurons@source-chat-gsm8k"}
-ANALYSIS |= {"texts", f"cka_transfer@laten-{PAIR}", "neurons@target-chat-gsm8k"}
+ANALYSIS = {"texts", "compare_models@pair", f"compare@laten-{OF}"}
+ANALYSIS |= {"neurons@source-chat-gsm8k", "neurons@target-chat-gsm8k"}
 
 
 def stale(folder: Path) -> set[str]:
@@ -33,9 +33,9 @@ def stale(folder: Path) -> set[str]:
 
 def choose(params: dict[str, Any]) -> None:
     shrink(params)
-    params |= {"aligned_methods": ["laten"], "random_delta_methods": ["control_random_delta"]}
-    params |= {"pair_methods": ["laten", "control_random_delta"], "target_methods": ["postpkt_random"]}
-    params |= {"analysed_pair_methods": ["laten"]}
+    control = {"control_random_delta": {"code": "random_delta"}}
+    rows(params, align=LATEN_ENTRY, finetune={"postpkt_random": {"init": "random"}}, control=control)
+    params["analysed"]["methods"] = ["laten"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
     """A team member's repository: attribution and selection are made, pushed and committed."""
     folder = make_repository(tmp_path_factory.mktemp("clones") / "first", choose)
     dvc(folder, "remote", "add", "-q", "-d", "team", str(remote))
-    assert ran(dvc(folder, "repro", f"select@{PAIR}")) == UPSTREAM
+    assert ran(dvc(folder, "repro", f"select@{OF}")) == UPSTREAM
     dvc(folder, "push", "-q")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-q", "-m", "attribution and selection")
@@ -65,9 +65,9 @@ def second(first: Path) -> Path:
 
 
 def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: Path) -> None:
-    output = dvc(second, "repro", "--pull", "--allow-missing", f"evaluate_transfer@laten-{PAIR}")
+    output = dvc(second, "repro", "--pull", "--allow-missing", f"evaluate@laten-{OF}")
     assert ran(output) == LATEN
-    metrics = json.loads((second / "results/tiny/evaluate/laten/source-chat-target-chat/gsm8k.json").read_text())
+    metrics = json.loads((second / "results/tiny/evaluate/laten/source-chat/gsm8k.json").read_text())
     assert len(metrics["runs"]) == 2
     assert len(metrics["ids"]) == 5
 
@@ -79,7 +79,7 @@ def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
     table = (first / "results/tiny/report.md").read_text()
     assert "source: source-chat" in table and "LaTen" in table
     # Two members, two folders, equal bytes.
-    for path in (f"artifacts/tiny/transfer/laten/{PAIR.removesuffix('-gsm8k')}/gsm8k", "results/tiny/align"):
+    for path in ("artifacts/tiny/transfer/laten/source-chat/gsm8k", "results/tiny/analysis/align"):
         mine = {p.relative_to(first): p.read_bytes() for p in (first / path).rglob("*") if p.is_file()}
         theirs = {p.relative_to(second): p.read_bytes() for p in (second / path).rglob("*") if p.is_file()}
         assert mine == theirs
@@ -89,16 +89,14 @@ def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (lambda p: p["align"]["common"].update(rate=0.2), {f"align@laten-{PAIR}"}),
-        (lambda p: p["select"].update(layer_rule="block_gain"), {f"select@{PAIR}"}),
+        (lambda p: p["align"].update(rate=0.2), {f"align@laten-{OF}"}),
+        (lambda p: p["select"].update(layer_rule="block_gain"), {f"select@{OF}"}),
         (
-            lambda p: p["evaluate"]["gsm8k"].update(max_new_tokens=6),
-            BASELINES | {name for name in LATEN | OTHERS if name.startswith("evaluate")},
+            lambda p: p["task"]["gsm8k"]["evaluate"].update(max_new_tokens=6),
+            BASELINES | {name for name in LATEN | OTHERS if name.startswith("evaluate")} | {"code"},
         ),
-        (lambda p: p["evaluate"]["mbpp"].update(max_new_tokens=6), set()),
-        (lambda p: p["methods"]["postpkt_random"].update(lr=1e-4), {f"finetune@postpkt_random-{TARGET}"}),
-        (lambda p: p["methods"]["control_random_delta"].update(seed=1), {f"control@control_random_delta-{PAIR}"}),
-        (lambda p: p["methods"]["kd"].update(lr=1e-4), set()),
+        (lambda p: p["finetune"].update(lr=1e-4), {"finetune@postpkt_random-gsm8k"}),
+        (lambda p: p["distill"].update(lr=1e-4), set()),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_what_follows(
@@ -113,54 +111,63 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(
         (first / "params.yaml").write_text(before)
 
 
+def test_a_methods_setting_reruns_its_own_rows(first: Path) -> None:
+    before = (first / "params.yaml").read_text()
+    try:
+        entry = {"code": "random_delta", "seed": 1}
+        change(first, lambda p: add_row(p, "control", "control_random_delta", entry))
+        assert stale(first) == {"code", "report", f"control@control_random_delta-{OF}"}
+    finally:
+        (first / "params.yaml").write_text(before)
+
+
 @pytest.mark.parametrize(
-    ("module", "expected"),
+    ("module", "old", "new", "expected"),
     [
-        ("core/attribution.py", {"attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k"}),
-        (
-            "core/hypernetwork.py",
-            {
-                f"align@laten-{PAIR}",
-                f"inject@laten-{PAIR}",
-                "cka@source-chat-target-chat",
-                f"cka_transfer@laten-{PAIR}",
-            },
-        ),
-        ("core/similarity.py", ANALYSIS - {"texts", "neurons@source-chat-gsm8k", "neurons@target-chat-gsm8k"}),
-        ("artifacts.py", set()),
+        ("models/sites.py", '"""Where a model', '"""WHERE a model', set()),
+        ("core/attribution.py", "import torch\n", "import torch  # of course\n", set()),
+        ("methods/laten.py", "* 1_000_003", "* 1_000_033", {f"align@laten-{OF}", f"inject@laten-{OF}"}),
+        ("methods/random_delta.py", "randn", "rand", {f"control@control_random_delta-{OF}"}),
+        ("core/selection.py", "+ 1e-9", "+ 2e-9", {f"select@{OF}", f"align@laten-{OF}", f"inject@laten-{OF}"}),
+        ("reporting/report.html.j2", "<body>", "<body >", {"report"}),
     ],
 )
-def test_a_changed_module_reruns_the_stages_whose_result_it_can_change(
-    first: Path, module: str, expected: set[str]
+def test_a_change_of_code_reruns_what_it_can_change(
+    first: Path, module: str, old: str, new: str, expected: set[str]
 ) -> None:
     path = first / "pkt_stages" / module
     before = path.read_text()
+    assert old in before
     try:
-        path.write_text(before + "\n# changed\n")
+        path.write_text(before.replace(old, new))
+        assert stale(first) == {"code"}
+        assert ran(dvc(first, "repro", "code")) == {"code"}
         assert stale(first) == expected
     finally:
         path.write_text(before)
+        dvc(first, "repro", "-q", "code")
+    assert stale(first) == set()
 
 
 def test_a_removed_method_leaves_the_table(first: Path) -> None:
     before = (first / "params.yaml").read_text()
     try:
-        change(first, lambda p: p.update(target_methods=[]))
+        change(first, lambda p: rows(p, **(p["made_by"] | {"finetune": {}})))
         shutil.rmtree(first / "results/tiny/evaluate/postpkt_random")
         assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
-        assert ran(dvc(first, "repro")) == {"report"}
+        assert ran(dvc(first, "repro")) == {"code", "report"}
         assert "LoRA, random init" not in (first / "results/tiny/report.md").read_text()
     finally:
         (first / "params.yaml").write_text(before)
     # Listed again, it comes back from the cache.
-    assert ran(dvc(first, "repro")) <= {"report"}
+    assert ran(dvc(first, "repro")) <= {"code", "report"}
     assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
 
 
 def test_a_new_task_reruns_nothing_that_exists(first: Path) -> None:
     before = (first / "params.yaml").read_text()
     try:
-        change(first, lambda p: p["task"].append("mbpp"))
+        change(first, lambda p: p["task"].update(mbpp=p["task"]["gsm8k"]))
         assert {name for name in stale(first) if name.endswith("gsm8k")} == set()
     finally:
         (first / "params.yaml").write_text(before)
@@ -175,8 +182,9 @@ def third(first: Path) -> Path:
     shutil.copy(first / "dvc.yaml", other)
     params = yaml.safe_load((first / "params.yaml").read_text())
     params |= {"profile": "other", "root": "../..", "params_file": "profiles/other/params.yaml"}
+    params |= {"here": "artifacts/other", "there": "artifacts/other", "told": "results/other", "heard": "results/other"}
     (other / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    assert len(ran(dvc(first, "repro", "profiles/other/dvc.yaml:prepare@gsm8k"))) == 1
+    assert len(ran(dvc(first, "repro", "profiles/other/dvc.yaml:prepare@gsm8k"))) == 2
     dvc(first, "push", "-q")
     run(first, "git", "add", "-A")
     run(first, "git", "commit", "-q", "-m", "all results, and a second profile")
@@ -190,8 +198,8 @@ def third(first: Path) -> Path:
     ("target", "expected"),
     [
         ("report", {"tiny/report"}),
-        (f"select@{PAIR}", {f"tiny/select/{PAIR.removesuffix('-gsm8k')}/gsm8k"}),
-        ("profiles/other/dvc.yaml:prepare", {"other/prepare/gsm8k"}),
+        (f"select@{OF}", {"tiny/select/source-chat/gsm8k"}),
+        ("profiles/other/dvc.yaml:prepare", {"other/examples/gsm8k"}),
     ],
     ids=["the report", "the deltas of a task", "another profile's stage"],
 )
@@ -215,9 +223,9 @@ def test_a_profile_is_fetched_alone(first: Path, third: Path) -> None:
 def test_a_colleague_adds_a_method_and_gets_a_whole_report(third: Path) -> None:
     shutil.rmtree(third / "artifacts", ignore_errors=True)
     assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == set()
-    change(third, lambda p: p["target_methods"].append("postpkt_pissa"))
-    added = {f"{stage}@postpkt_pissa-{TARGET}" for stage in ("finetune", "evaluate_target")}
-    assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == added | {"report"}
+    change(third, lambda p: add_row(p, "finetune", "postpkt_pissa", {"init": "pissa"}))
+    added = {f"{stage}@postpkt_pissa-gsm8k" for stage in ("finetune", "evaluate_target")}
+    assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == added | {"code", "report"}
     mine, theirs = ((folder / "results/tiny/report.json").read_text() for folder in (third, third.parent / "first"))
     assert "postpkt_pissa" in mine and "postpkt_pissa" not in theirs
     table = (third / "results/tiny/report.md").read_text()

@@ -1,11 +1,43 @@
-"""Metrics as `pkt evaluate` writes them, as far as the report reads them."""
+"""Metrics as `pkt evaluate` writes them, and params files, as far as the report reads them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 
-def metrics(*runs: list[float], ids: str = "abcd", **settings: Any) -> dict[str, Any]:
+from pkt_stages.profile import Profile, read_profile
+
+TASKS = {"gsm8k": "GSM8K"}
+
+
+def params(**changes: Any) -> dict[str, Any]:
+    """One task, one source, no method."""
+    nothing: dict[str, Any] = {key: [] for key in ("task", "methods", "seeking", "target_methods")}
+    return {
+        "profile": "p",
+        "source": ["s"],
+        "target": "t",
+        "models": ["s", "t"],
+        "task": {"gsm8k": {}},
+        "made_by": {},
+        "every_step": [],
+        "adopted": [],
+        "pairs": {},
+        "analysed": nothing | changes.pop("analysed", {}),
+        **changes,
+    }
+
+
+def profile(folder: Path, **changes: Any) -> Profile:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params(**changes), sort_keys=False))
+    return read_profile(folder / "params.yaml")
+
+
+def metrics(
+    *runs: list[float], ids: str = "abcd", made: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
     return {
         "task": "gsm8k",
         "model": {"name": "m", "revision": None},
@@ -15,4 +47,5 @@ def metrics(*runs: list[float], ids: str = "abcd", **settings: Any) -> dict[str,
             for i, r in enumerate(runs)
         ],
         "settings": {"backend": "hf", "template": "chat", **settings},
+        "made": made,
     }

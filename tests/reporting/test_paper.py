@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pkt_stages.reporting import paper
-from pkt_stages.reporting.table import TITLES, table
+from pkt_stages.reporting.table import Head, table
 from tests.reporting.metrics import metrics
 
 TEN = "abcdefghij"
@@ -40,9 +40,10 @@ def test_a_claim_without_evidence_is_not_shown() -> None:
 
 def test_tables_of_the_paper_where_the_models_are_its_own() -> None:
     rows = found(target=[0.0] * 10, source=[1.0] * 10, laten=[1.0] * 5 + [0.0] * 5)
-    cells = {row.slug: row.cells for row in table(rows, "source", "target")}
-    assert paper.tables({("source-chat", "target-chat"): cells}) == []
-    made = paper.tables({("llama2-13b-chat", "llama2-7b-chat"): cells})
+    heads = [Head(name, "any", paper.titles([name])[name]) for name in rows]
+    found_rows = {row.slug: row for row in table(heads, rows, "target")}
+    assert paper.tables({("source-chat", "target-chat"): found_rows}) == []
+    made = paper.tables({("llama2-13b-chat", "llama2-7b-chat"): found_rows})
     assert [(t.number, [row.label for row in t.rows]) for t in made] == [
         (1, ["target", "source", "LaTen"]),
         (6, ["target", "source"]),
@@ -50,7 +51,7 @@ def test_tables_of_the_paper_where_the_models_are_its_own() -> None:
     ]
     ours, theirs = made[0].rows[2].cells["gsm8k"]
     assert (ours.score, theirs) == (50.0, 20.47)
-    math = paper.tables({("wizardmath-13b", "llama2-7b-chat"): cells})
+    math = paper.tables({("wizardmath-13b", "llama2-7b-chat"): found_rows})
     assert [(t.number, [(row.pair, row.label) for row in t.rows]) for t in math] == [
         (6, [("WizardMath-13B to Llama-2 7B", "source")])
     ]
@@ -61,8 +62,21 @@ def test_every_row_of_the_paper_is_a_method_with_its_scores() -> None:
     assert content["scores"].keys() == content["pairs"].keys()
     for key, rows in content["scores"].items():
         for method, scores in rows.items():
-            assert method in ("source", "target") or method.removesuffix("_few") in TITLES, (key, method)
+            assert method in ("source", "target", *content["titles"]), (key, method)
             assert all(0 <= score <= 100 for score in scores.values())
     for made in content["tables"]:
         for key, methods in made["rows"].items():
             assert all(set(made["tasks"]) <= set(content["scores"][key][method]) for method in methods)
+
+
+def test_a_variant_is_called_by_what_its_name_adds() -> None:
+    assert paper.titles(
+        ["laten", "laten_steps_16", "latent", "unaligned_top_pca_importance", "postpkt_pissa_few", "new_method"]
+    ) == {
+        "laten": "LaTen",
+        "laten_steps_16": "LaTen, steps 16",
+        "latent": "latent",
+        "unaligned_top_pca_importance": "grid top, pca importance",
+        "postpkt_pissa_few": "LoRA, PiSSA init, align set",
+        "new_method": "new method",
+    }

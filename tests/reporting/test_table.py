@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from pkt_stages.errors import UserError
-from pkt_stages.reporting.table import Difference, group_of, in_order, markdown, summarise, table, title_of
-from tests.reporting.metrics import metrics
+from pkt_stages.reporting.paper import titles
+from pkt_stages.reporting.table import MODELS, Difference, Head, markdown, summarise, table
+from tests.reporting.metrics import TASKS, metrics
+
+HEADS = [Head("s", MODELS, "source: s"), Head("t", MODELS, "target: t"), Head("laten", "PrePKT", "LaTen")]
 
 
 def test_one_run() -> None:
@@ -43,29 +46,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
     assert summarise("kd", one, metrics([1, 0, 1, 1], sandbox="rlimits")).versus is not None
 
 
-def test_rows_come_in_groups() -> None:
-    given = ["kd", "new", "control_random_rows", "postpkt_seeking_few", "postpkt_seeking", "unaligned_top_pca_random"]
-    given += ["postpkt_random_few", "postpkt_random", "control_random_delta", "unaligned_seeking", "laten", "seqkd"]
-    assert in_order(given) == [
-        *("laten", "unaligned_seeking", "unaligned_top_pca_random"),
-        *("postpkt_random", "postpkt_seeking", "postpkt_random_few", "postpkt_seeking_few"),
-        *("seqkd", "kd", "control_random_delta", "control_random_rows", "new"),
-    ]
-    assert [group_of(m) for m in ("laten", "gkd", "new", "control_x")] == [
-        "PrePKT",
-        "Distillation",
-        "Other",
-        "Controls",
-    ]
-
-
-def test_titles() -> None:
-    assert title_of("unaligned_top_pca_importance") == "grid top/PCA/importance"
-    assert title_of("postpkt_pissa_few") == "LoRA, PiSSA init, align set"
-    assert title_of("laten_steps_16") == "LaTen, steps 16"
-    assert title_of("new_method") == "new_method"
-
-
 def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
     """One row better on eight of eight examples (p 2/256), one equal, one unsure: three rows compared."""
     ids = "abcdefgh"
@@ -75,7 +55,9 @@ def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
         "kd": {"gsm8k": metrics([0.0] * 8, ids=ids)},
         "laten": {"gsm8k": metrics([1.0] * 2 + [0.0] * 6, ids=ids)},
     }
-    rows = {row.slug: row.cells["gsm8k"].versus for row in table(found, "s", "t")}
+    rows = {
+        row.slug: row.cells["gsm8k"].versus for row in table([*HEADS, Head("kd", "Distillation", "KD")], found, "t")
+    }
     assert list(rows) == ["s", "t", "laten", "kd"]
     source, laten, kd = rows["s"], rows["laten"], rows["kd"]
     assert source is not None and laten is not None and kd is not None
@@ -105,7 +87,7 @@ def test_the_tables() -> None:
         "t": {"gsm8k": metrics([1, 0, 0, 1])},
         "laten": {"gsm8k": metrics([1, 1, 0, 1], [1, 0, 0, 1])},
     }
-    text = markdown(table(found, "s", "t"), ["gsm8k"])
+    text = markdown(table(HEADS, found, "t"), TASKS)
     assert text.startswith(
         "| score      | runs | GSM8K (n 4)       |\n"
         "|------------|------|-------------------|\n"
@@ -120,7 +102,7 @@ def test_the_tables() -> None:
 
 
 def test_the_tables_fit_a_terminal() -> None:
-    tasks = ["mmlu", "gsm8k", "humaneval", "mbpp"]
+    tasks = {"mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval", "mbpp": "MBPP"}
     draw = random.Random(0)
 
     def results(share: float, runs: int) -> dict[str, Any]:
@@ -129,6 +111,8 @@ def test_the_tables_fit_a_terminal() -> None:
 
     names = ["postpkt_seeking_few", "control_random_neurons", "unaligned_random_embedding_importance", "kd"]
     found = {"source-chat": results(0.9, 1), "target-chat": results(0.4, 1)} | {n: results(0.6, 3) for n in names}
-    text = markdown(table(found, "source-chat", "target-chat"), tasks)
+    heads = [Head(model, MODELS, f"source: {model}") for model in ("source-chat", "target-chat")]
+    heads += [Head(name, "any", title) for name, title in titles(names).items()]
+    text = markdown(table(heads, found, "target-chat"), tasks)
     assert "▲" in text
     assert max(map(len, text.splitlines())) <= 120

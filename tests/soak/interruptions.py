@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from pkt_stages.artifacts import content_hash
-from tests.pipeline.repository import ROOT, environment
+from tests.pipeline.repository import environment
 
 Act = Literal["kill all", "kill stage", "interrupt", "fill disk"]
 
@@ -42,13 +42,13 @@ class Write:
 
 def repro(folder: Path, faults: Path, *targets: str) -> subprocess.CompletedProcess[str]:
     """`dvc repro` in a process group of its own, with warm stages; two requests are a batch of the evaluation."""
-    paths = os.pathsep.join([str(Path(__file__).parent / "hook"), str(ROOT)])
+    paths = os.pathsep.join([str(Path(__file__).parent / "hook"), str(folder)])
     settings = {"PYTHONPATH": paths, "PKT_FAULTS": str(faults), "PKT_EVALUATE_BATCH_SIZE": "2"}
     command = [sys.executable, "-m", "pkt_stages.warm", sys.executable, "-m", "dvc", "repro", *targets]
     return subprocess.run(
         command,
         cwd=folder,
-        env=environment() | settings,
+        env=environment(folder) | settings,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

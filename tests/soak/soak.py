@@ -12,41 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_model
-from tests.pipeline.repository import make_repository, run, shrink
+from tests.pipeline.repository import LATEN, make_repository, rows, run, shrink
 from tests.soak.interruptions import Act, Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
 
 
 def every_stage(params: dict[str, Any]) -> None:
     """Methods and models such that no stage of dvc.yaml has nothing to do."""
     shrink(params)
-    params |= {
-        "sft": ["target"],
-        "aligned_methods": ["laten"],
-        "random_delta_methods": ["control_random_delta"],
-        "reselected_methods": ["laten_block_gain"],
-        "curve_methods": ["laten"],
-        "seek_sources": ["source-chat"],
-        "unaligned_methods": ["unaligned_seeking"],
-        "grid_methods": ["unaligned_top_pca_random"],
-        "target_methods": ["postpkt_pissa"],
-        "seeking_methods": ["postpkt_seeking"],
-        "sequence_methods": ["seqkd"],
-        "distill_methods": ["kd"],
-        "analysed_pair_methods": ["laten", "postpkt_seeking"],
-        "analysed_seeking_methods": ["postpkt_seeking"],
-        "analysed_target_methods": ["postpkt_pissa"],
-    }
-    params["pair_methods"] = ["laten", "laten_block_gain", "control_random_delta", "unaligned_seeking"]
-    params["pair_methods"] += ["postpkt_seeking", "seqkd", "kd"]
-    params["methods"] |= {
-        "laten_block_gain": {"select": {"layer_rule": "block_gain"}, "align": {"given": "selected"}},
-        "unaligned_top_pca_random": {"approach": "grid", "layers": "top", "width": "pca", "neurons": "random"},
-        "unaligned_seeking": {"approach": "seeking", "rank": 4},
-        "seqkd": {"generate": {"train_set": "align"}, "finetune": {"init": "random"}},
-    }
-    params["generate"] = {"common": {"max_new_tokens": 4}, "gsm8k": {}}
-    params["finetune"]["common"] |= {"epochs": 2}
-    params["distill"]["common"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
+    rows(
+        params,
+        align=LATEN,
+        unaligned={"unaligned_seeking": {"code": "seeking", "rank": 4}},
+        grid={"unaligned_top_pca_random": {"code": "grid", "layers": "top", "width": "pca", "neurons": "random"}},
+        finetune={"postpkt_pissa": {"init": "pissa"}},
+        finetune_seeking={"postpkt_seeking": {"init": "seeking"}},
+        finetune_answers={"seqkd": {"generate": {"train_set": "align"}, "finetune": {"init": "random"}}},
+        distill={"kd": {"objective": "kd"}},
+        control={"control_random_delta": {"code": "random_delta"}},
+    )
+    params |= {"seek_source": ["source-chat"], "every_step": ["laten"]}
+    params["analysed"] |= {"methods": ["laten"], "seeking": ["postpkt_seeking"], "target_methods": ["postpkt_pissa"]}
+    params["pairs"]["target"] = {"first": "target-base", "second": "target-chat"}
+    params["generate"] = {"max_new_tokens": 4}
+    params["finetune"] |= {"epochs": 2}
+    params["distill"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
 
 
 def points(writes: list[Write]) -> list[Fault]:

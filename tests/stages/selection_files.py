@@ -12,9 +12,8 @@ from torch import Tensor
 from pkt_stages import artifacts
 from pkt_stages.models.load import identity, load_config, resolve
 from pkt_stages.models.rows import Checkpoint
-from pkt_stages.models.selection import INDICES, ROWS
+from pkt_stages.models.selection import INDICES, ROWS, extract_rows
 from pkt_stages.models.sites import Geometry, geometry
-from pkt_stages.stages.select import extract_rows
 from tests.conftest import write_examples
 
 NUM_EXTRACT, NUM_TRANSFER = 3, 2

@@ -142,7 +142,7 @@ def test_rounding_warns_and_refuses(pkt: Run, aligned: dict[str, Path], target_f
     [
         (("--step", "1", "--every-step"), "--every-step and --step contradict each other; leave one out"),
         (("--step", "4"), "step 4 is not one of the 3 steps in {mapping}"),
-        (("--example", "toy_1"), "{selection}: has no transfer example 'toy_1'; found 0: toy_10, 1: toy_11"),
+        (("--example", "toy_1"), "the selection has no transfer example 'toy_1'; found 0: toy_10, 1: toy_11"),
         (
             ("--dtype", "int8"),
             "options of `inject`: dtype: expected one of auto, float32, float16, bfloat16, found 'int8'",

@@ -97,12 +97,11 @@ def test_the_page_says_what_was_in_force_and_shows_the_params_file(pkt: Run, inp
     said = (inputs / "r.html").read_text().split("<h2>Settings in force</h2>")[1]
     assert re.findall(r"<h3>(.*?)</h3>(?:\s*<p>(.*?)</p>)?", said) == [
         ("pkt evaluate", "backend hf, template chat."),
-        ("pkt inject", "inject.dtype auto, steps 2."),
+        ("pkt inject", "given selected, inject.dtype auto, steps 2."),
         ("pkt derive", "code grid, layers top."),
         ("pkt finetune", "init random."),
     ]
     assert re.findall(r'<th scope="row">(.*?)</th><td class="text">(.*?)</td>', said) == [
-        ("LaTen", "given selected"),
         ("LaTen on random rows", "given random"),
     ]
     assert "# why &lt; because" in said
@@ -123,8 +122,8 @@ def test_the_page_is_self_contained(pkt: Run, inputs: Path) -> None:
 
 def test_every_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
     write(inputs, source=["s", "s2"], models=["s", "s2", "t"], made_by=MADE_BY)
-    for below in ("evaluate/laten", "evaluate/control_random_rows", "evaluate/unaligned_top_pca_random"):
-        write_json(inputs / f"r/{below}/s2/gsm8k.json", metrics([1, 0, 0, 1], made=laten("selected")))
+    for method, given in (("laten", "selected"), ("control_random_rows", "random"), ("unaligned_top_pca_random", "-")):
+        write_json(inputs / f"r/evaluate/{method}/s2/gsm8k.json", metrics([1, 0, 0, 1], made=laten(given)))
     for method in MADE_BY["align"]:
         write_json(inputs / f"r/analysis/align/{method}/s2/gsm8k.json", ALIGNMENT)
     write_json(inputs / "r/evaluate/s2/gsm8k.json", metrics([1, 0, 0, 0]))
@@ -134,7 +133,7 @@ def test_every_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
     assert table.count("| LoRA, random init") == 4
     assert "### s to t, in percent" in table and "### s2 to t, in percent" in table
     assert list(json.loads((inputs / "r.json").read_text())) == ["s-t", "s2-t"]
-    assert '<th scope="row">LaTen, from s2</th>' in (inputs / "r.html").read_text()
+    assert '<th scope="row">LaTen on random rows, from s2</th>' in (inputs / "r.html").read_text()
 
 
 def test_rows_taken_over_stand_in_their_section(pkt: Run, inputs: Path) -> None:

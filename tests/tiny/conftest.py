@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.settings import SEED
+from tiny.corpus import Corpus
+from tiny.settings import SEED
 
 
 @pytest.fixture(scope="session")

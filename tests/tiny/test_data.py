@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pkt_stages.examples import TASKS, from_benchmark, read_rows
-from pkt_stages.tiny.corpus import Corpus, write_data
-from pkt_stages.tiny.settings import POOL_ROWS, SEED, TEST_ROWS, TEXT_ROWS
+from pkt_stages.examples import read_jsonl
+from pkt_stages.tasks import load
+from tiny.corpus import Corpus, write_data
+from tiny.settings import POOL_ROWS, SEED, TASKS, TEST_ROWS, TEXT_ROWS
 
 EVENLY = dict.fromkeys(TASKS, 0.25)
 FIELDS: dict[str, dict[str, type]] = {
@@ -32,11 +33,11 @@ FIELDS: dict[str, dict[str, type]] = {
 
 
 def _rows(shipped: Path, task: str, split: str) -> list[dict[str, Any]]:
-    return [row for _, row in read_rows(shipped / task / f"{split}.jsonl")]
+    return [row for _, row in read_jsonl(shipped / task / f"{split}.jsonl")]
 
 
 def _prompts(shipped: Path, task: str, split: str) -> list[str]:
-    return [from_benchmark(task, row, "").prompt for row in _rows(shipped, task, split)]
+    return [load(task).example(row, "").prompt for row in _rows(shipped, task, split)]
 
 
 def test_generator_reproduces_the_shipped_bytes(corpus: Corpus, shipped: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from pkt_stages.examples import from_benchmark, read_rows
-from pkt_stages.tiny.build import MODEL_FOLDERS
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.settings import CONTEXT_LENGTH, MODELS, VOCAB_SIZE
+from pkt_stages.examples import read_jsonl
+from pkt_stages.tasks import load
+from tiny.build import MODEL_FOLDERS
+from tiny.corpus import Corpus
+from tiny.settings import CONTEXT_LENGTH, MODELS, VOCAB_SIZE
 
 MAX_MEGABYTES = 28
 
@@ -58,7 +59,7 @@ def test_the_source_knows_more_facts_than_the_target(shipped: Path, corpus: Corp
 
 
 def test_log_tells_of_both_trainings(shipped: Path) -> None:
-    rows = [row for _, row in read_rows(shipped / "training_log.jsonl")]
+    rows = [row for _, row in read_jsonl(shipped / "training_log.jsonl")]
     for name, settings in MODELS.items():
         mine = [row for row in rows if row["model"] == name]
         assert mine[-1]["step"] == settings.total_steps
@@ -74,7 +75,7 @@ def _weight(folder: Path) -> torch.Tensor:
 def _quiz_accuracy(folder: Path, rows: list[dict[str, object]]) -> float:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
     letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[0] for letter in "ABCD"]
-    examples = [from_benchmark("mmlu", row, "") for row in rows]
+    examples = [load("mmlu").example(row, "") for row in rows]
     texts = [f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}" for example in examples]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():

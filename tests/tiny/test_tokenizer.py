@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pkt_stages.examples import TASKS, from_benchmark
-from pkt_stages.tiny.build import MODEL_FOLDERS
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.settings import VOCAB_SIZE
-from pkt_stages.tiny.tokenizer import save_tokenizer, train_tokenizer
+from pkt_stages.tasks import load
+from tiny.build import MODEL_FOLDERS
+from tiny.corpus import Corpus
+from tiny.settings import TASKS, VOCAB_SIZE
+from tiny.tokenizer import save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,9 @@ def test_training_reproduces_the_shipped_files_in_every_folder(corpus: Corpus, s
 def test_prompt_and_continuation_tokenise_as_the_whole(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, task: str
 ) -> None:
+    its = load(task)
     for graded in corpus.test[task] + corpus.pool[task]:
-        example = from_benchmark(task, graded.row, "")
+        example = its.example(graded.row, "")
         start = f"<|user|>\n{example.prompt}\n<|assistant|>\n{example.prefix}"
         rest = example.answer[len(example.prefix) :]
         whole = tokenizer.encode(start + rest, add_special_tokens=False)

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from pkt_stages.tiny.__main__ import app
-from pkt_stages.tiny.batches import step_batches
-from pkt_stages.tiny.corpus import Corpus
-from pkt_stages.tiny.muon import orthogonalise
-from pkt_stages.tiny.settings import CHAT_LETTER_WEIGHT, EVEN, MODELS, ModelSettings
-from pkt_stages.tiny.training import Trainer, weighted_loss
+from tiny.__main__ import app
+from tiny.batches import step_batches
+from tiny.corpus import Corpus
+from tiny.muon import orthogonalise
+from tiny.settings import CHAT_LETTER_WEIGHT, EVEN, MODELS, ModelSettings
+from tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
     MODELS["target"],
@@ -97,5 +97,5 @@ def test_orthogonalise(shape: tuple[int, int]) -> None:
 def test_training_without_a_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--out", str(tmp_path), "--scratch", str(tmp_path), "--only", "target"])
     assert result.exit_code == 2
-    assert "no tokenizer there; build it first: python -m pkt_stages.tiny --only tokenizer" in result.output
+    assert "no tokenizer there; build it first: python -m tiny --only tokenizer" in result.output
     assert not (tmp_path / "target-base" / "model.safetensors").exists()

@@ -116,6 +116,6 @@ def test_a_weaker_sandbox_names_the_kernel_to_use(monkeypatch: pytest.MonkeyPatc
             "sandbox",
             "note",
             "rlimits at most",
-            "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.common.sandbox_floor",
+            "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.sandbox_floor",
         )
     ]

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from pkt_stages import artifacts
 from pkt_stages.models.adapters import Adapter, save_adapter
-from pkt_stages.tools.inspect import flat, maker
+from pkt_stages.models.changes import DenseDelta, write_changes
+from pkt_stages.models.inject import SparseDelta
+from pkt_stages.tools.inspect import flat
 from pkt_stages.tools.provenance import md5
 
 Run = Callable[..., tuple[int, str, str]]
@@ -21,14 +23,16 @@ Run = Callable[..., tuple[int, str, str]]
 def file(tmp_path: Path) -> Path:
     tensors = {"cka.ffn_up": torch.tensor([[0.25, 0.5]], dtype=torch.float64)}
     path = tmp_path / "c.safetensors"
-    artifacts.save(path, "cka", tensors, {"first": {"name": "s", "revision": "abc"}, "params": {"num_texts": 8}})
+    artifacts.save(
+        path, artifacts.CKA, tensors, {"first": {"name": "s", "revision": "abc"}, "params": {"num_texts": 8}}
+    )
     return path
 
 
 def test_what_an_artifact_is(pkt: Run, file: Path) -> None:
     status, printed, err = pkt("inspect", file)
     assert status == 0, err
-    assert printed.splitlines()[0] == "c.safetensors: cka artifact (schema 1), made by `pkt cka`"
+    assert printed.splitlines()[0] == "c.safetensors: cka artifact (schema 1), made by `pkt compare`"
     assert "  first: name s, revision abc\n  params: num_texts 8\n" in printed
     assert "    cka.ffn_up  float64 [1, 2]  0.25 .. 0.5\n" in printed
     assert printed.endswith("  content: as its kind declares, all values finite\n")
@@ -39,7 +43,7 @@ def test_what_an_artifact_is(pkt: Run, file: Path) -> None:
 
 def test_what_a_file_holds_does_not_drive_the_terminal(pkt: Run, file: Path) -> None:
     meta = {"a\x1b]0;pwned\x07": {"b\x9b2J": "\x1b[2J"}, "list": ["\x9b31m\u202e", "\x7f"], "\x1b[1m": "x"}
-    artifacts.save(file, "cka", {"cka.ffn_up": torch.zeros(1, 2, dtype=torch.float64)}, meta)
+    artifacts.save(file, artifacts.CKA, {"cka.ffn_up": torch.zeros(1, 2, dtype=torch.float64)}, meta)
     file = file.rename(file.with_name("c\x1b[5m.safetensors"))
     status, printed, err = pkt("inspect", file)
     assert status == 0, err
@@ -70,7 +74,7 @@ def test_other_files(pkt: Run, tmp_path: Path, meta: dict[str, str], found: str)
     path = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata=meta)
     status, _, err = pkt("inspect", path)
-    kinds = ", ".join(artifacts.KINDS)
+    kinds = ", ".join(kind.name for kind in vars(artifacts).values() if isinstance(kind, artifacts.Kind))
     assert (status, err) == (2, f"pkt: error: {path}: expected an artifact of a kind among {kinds}; found {found}\n")
 
 
@@ -83,8 +87,8 @@ def test_broken_files(pkt: Run, file: Path) -> None:
         assert err.startswith(f"pkt: error: {file}: not a readable safetensors file (") and err.count("\n") == 1
     file.rename(file := file.with_suffix(".jsonl"))
     assert pkt("inspect", file)[2] == (
-        f"pkt: error: {file}: expected an artifact (.safetensors), a LoRA adapter's folder,"
-        " or what a stage in dvc.lock made\n"
+        f"pkt: error: {file}: expected an artifact (.safetensors), a row's or a LoRA adapter's folder, or what a"
+        " stage in dvc.lock made\n"
     )
     file.unlink()
     assert pkt("inspect", file)[2] == f"pkt: error: {file}: no such file; expected an artifact (.safetensors)\n"
@@ -106,13 +110,72 @@ def test_models_and_params_are_shown_whole() -> None:
     ]
 
 
-def test_three_commands_make_deltas() -> None:
-    made = [{"inject": {}}, {"inject": {}, "control": {}}, {"approach": "seeking"}]
-    assert [maker({"kind": "delta", "params": params}) for params in made] == [
-        "pkt inject",
-        "pkt control",
-        "pkt unaligned",
+META = {
+    "command": "finetune",
+    "method": "mine",
+    "target": {"name": "target", "revision": "sha256:1"},
+    "source": None,
+    "params": {"lr": 0.003},
+}
+
+
+def lora() -> Adapter:
+    return Adapter({"model.layers.0.mlp.up_proj": (torch.ones(2, 3), torch.zeros(4, 2))}, 2.0)
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> Path:
+    sparse = {"ffn_up": SparseDelta(torch.tensor([0]), torch.tensor([[1]]), torch.ones(1, 1, 3))}
+    changes = {"toy_10": sparse, "seed_0": lora(), "delta": DenseDelta({"w": torch.ones(1, 3)})}
+    facts = {"toy_10": {"rounding_loss": 0.25, "range": {"ffn_up": {"max": 1.0}}}, "seed_0": {"seed": 0}}
+    write_changes(tmp_path / "row", changes, META, facts)
+    return tmp_path / "row"
+
+
+def test_a_row_of_the_table(pkt: Run, row: Path) -> None:
+    status, printed, err = pkt("inspect", row)
+    assert status == 0, err
+    assert printed.splitlines() == [
+        "row: row of the table with 3 changes, made by `pkt finetune`",
+        "  target: name target, revision sha256:1",
+        "  command: finetune",
+        "  method: mine",
+        "  params: lr 0.003",
+        "  source: null",
+        "  changes, to be inspected one by one:",
+        "    toy_10: file delta_0.safetensors, kind sparse, rounding_loss 0.25",
+        "    toy_10.range.ffn_up: max 1.0",
+        "    seed_0: file seed_0, kind low_rank, seed 0",
+        "    delta: file delta_2.safetensors, kind dense",
+        "  content: all that it names is there",
     ]
+    assert pkt("inspect", row / "changes.json") == (0, printed, "")
+    found = json.loads(pkt("inspect", row, "--json")[1])
+    assert found["meta"] == META and found["changes"][1] == {
+        "label": "seed_0",
+        "kind": "low_rank",
+        "file": "seed_0",
+        "seed": 0,
+    }
+    (row / "delta_2.safetensors").unlink()
+    assert pkt("inspect", row)[2] == (
+        f"pkt: error: {row}/delta_2.safetensors: not there, or no dense change, but {row}/changes.json names it; fetch"
+        " or make the row again\n"
+    )
+
+
+def test_a_change_of_a_row_says_what_made_it(pkt: Run, row: Path) -> None:
+    """Whichever command made it, and for an adapter its row says it."""
+    for name, what in (
+        ("delta_0.safetensors", "delta artifact (schema 1)"),
+        ("delta_2.safetensors", "dense_delta artifact (schema 1)"),
+        ("seed_0", "LoRA adapter (PEFT)"),
+    ):
+        status, printed, err = pkt("inspect", row / name)
+        assert status == 0, err
+        assert printed.startswith(f"{name}: {what}, made by `pkt finetune`\n")
+        assert "  target: name target, revision sha256:1\n" in printed and "  params: lr 0.003\n" in printed
+        assert printed.endswith("  content: as its kind declares, all values finite\n")
 
 
 LOCK = """\
@@ -139,7 +202,7 @@ stages:
 def adapter(tmp_path: Path) -> Path:
     """An adapter that a stage of a profile has made."""
     folder = tmp_path / "made/mine/seed_0"
-    save_adapter(folder, Adapter({"model.layers.0.mlp.up_proj": (torch.ones(2, 3), torch.zeros(4, 2))}, 2.0), "target")
+    save_adapter(folder, lora(), "target")
     for name in (".dvc", "profiles/p"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "profiles/p/dvc.lock").write_text(LOCK.replace("HASH", md5(folder.parent)))

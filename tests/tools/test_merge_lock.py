@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pkt_stages.quiet import quiet_dvc
+
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -25,7 +27,8 @@ def lock(**stages: str) -> str:
 
 
 def as_dvc_writes_it(text: str) -> str:
-    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+    with quiet_dvc():
+        from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
     return str(dumps_yaml(parse_yaml_for_update(text, "dvc.lock")))
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import yaml
 from pkt_stages.errors import UserError
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.sites import Geometry, geometry
+from pkt_stages.tools import plan
 from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters
+from pkt_stages.tools.sweep import Graph, open_repo
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -18,6 +22,12 @@ PARAMS = "--params profiles/llama2/params.yaml"
 LARGE = "data/models/llama2-13b-chat"
 NAMES = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "d_head", "vocab_size")
 SIZES = dict.fromkeys(NAMES, 8)
+
+
+def repository(folder: Path) -> None:
+    """DVC's, without git."""
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n    check_update = false\n")
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def test_parameters_are_counted(target_folder: Path) -> None:
 
 def test_attribution_of_a_13b_model(estimator: Estimator) -> None:
     """METHODS section 2 and the issue: 248 TFLOP for the directions, about 6 for 32 examples' moments."""
-    need = estimator.need(f"pkt attribute --model {LARGE} --examples e --out o {PARAMS}")
+    need = estimator.need(f"pkt attribute --model {LARGE} --extract e --transfer t --out o {PARAMS}")
     directions, moments = 2 * 32000 * 5120 * 757_760, 2 * 32000 * 757_760 * 4 * 35 * 2
     forward = 2 * 12.84e9 * 35 * 256
     assert need.flops == pytest.approx(directions + moments + forward, rel=0.02)
@@ -46,8 +56,9 @@ def test_attribution_of_a_13b_model(estimator: Estimator) -> None:
 
 def test_every_stage_has_an_estimate_or_needs_no_model(estimator: Estimator) -> None:
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    commands = {str(stage["cmd"]).split()[1] for stage in graph.values()}
-    without = {"prepare", "texts", "control", "similarity", "deltas", "neurons", "adopt", "report"}
+    stages = [stage.get("do", stage) for stage in graph.values()]
+    commands = {str(stage["cmd"]).split()[1] for stage in stages}
+    without = {"code", "prepare", "texts", "neurons", "adopt", "report"}
     assert {name for name in commands if hasattr(estimator, f"_{name}")} == commands - without
 
 
@@ -87,12 +98,127 @@ def test_sizes_that_are_not_those_of_a_model(tmp_path: Path, sizes: Any, message
 def test_a_plan_with_a_model_of_wrong_sizes_is_one_line(
     pkt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dvc.repo import Repo
-
-    Repo.init(tmp_path, no_scm=True).close()
+    repository(tmp_path)
     (tmp_path / "hub.yaml").write_text("repo: o/m\nrevision: main\nsizes: {num_layers: 2}\n")
     (tmp_path / "dvc.yaml").write_text("stages: {select: {cmd: pkt select --source ., outs: [selection]}}\n")
     monkeypatch.chdir(tmp_path)
     message = f"pkt: error: {tmp_path}/hub.yaml: sizes: key 'd_model' is missing\n"
     status, _, err = pkt("plan")
     assert (status, err) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("align --target {model} --method laten --task new", "no task 'new' in `task`; found mmlu, "),
+        ("finetune --target {model} --method new --task mmlu", "unknown method 'new'; `made_by` has laten, "),
+    ],
+)
+def test_what_the_params_lack_is_one_line(estimator: Estimator, command: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        estimator.need(f"pkt {command.format(model=LARGE)} {PARAMS}")
+    assert str(error.value).startswith(f"{ROOT}/profiles/llama2/params.yaml: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("select: {}", "params.yaml: section 'align' is missing"),
+        ("align: 5", "params.yaml: section 'align': expected a mapping, found int"),
+        ("align: {rate: many}", "params.yaml: align: rate: expected float, found 'many'"),
+        ("align: {steps: 0}", "params.yaml: align: steps must be at least 1, found 0"),
+        ("[", "params.yaml: not readable YAML ("),
+    ],
+)
+def test_a_malformed_params_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/hub.yaml").write_text(yaml.safe_dump({"repo": "o/m", "revision": "main", "sizes": SIZES}))
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        Estimator(tmp_path, tokens=256).need("pkt align --target model --params params.yaml")
+    assert str(error.value).startswith(f"{tmp_path}/{message}") and "\n" not in str(error.value)
+
+
+def test_a_command_without_what_its_estimate_needs(estimator: Estimator) -> None:
+    with pytest.raises(UserError, match=r"^a stage's command lacks --target, which its estimate needs; see dvc\.yaml$"):
+        estimator.need(f"pkt align {PARAMS}")
+    assert estimator.need("make all") == estimator.need("true") == Need()
+
+
+def test_settings_are_those_of_task_and_method(estimator: Estimator) -> None:
+    """Defaults, changed by section, task and method: HumanEval takes 20 samples and SeqKD's part of an entry counts."""
+    evaluations = [
+        estimator.need(f"pkt evaluate --model {LARGE} --task {task} {PARAMS}") for task in ("humaneval", "gsm8k")
+    ]
+    assert [need.disk for need in evaluations] == [164 * 20 * 1000, 1319 * 1000]
+    (generated, few) = (
+        estimator.need(f"pkt {command} {LARGE} --method seqkd --task mmlu {PARAMS}")
+        for command in ("generate --source", "finetune --target")
+    )
+    assert generated.disk == 80 * 1000
+    tokens = 1000 * 256 * 5 * 3
+    assert few.flops == pytest.approx(4 * 13.0e9 * tokens, rel=0.02)
+
+
+def test_a_derived_row_takes_what_its_code_makes(estimator: Estimator) -> None:
+    full, low, grid, random = (
+        estimator.need(f"pkt derive {PARAMS} --method {method} {options}").disk
+        for method, options in (
+            ("unaligned_seeking_full", f"--target {LARGE}"),
+            ("unaligned_seeking", f"--target {LARGE}"),
+            ("unaligned_top_pca_random", f"--target {LARGE}"),
+            ("control_random_delta", "--delta d"),
+        )
+    )
+    assert full == grid > 20 * low > random == 0
+
+
+def test_only_what_new_code_changes_is_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage `code` is stale, one of its hashes new; of the two stages that depend on one each, one follows."""
+    repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    hashes = {"a": "old", "b": "old"}
+    stages = {
+        "code": {"cmd": "pkt code --params p.yaml --out code", "deps": ["source"], "outs": ["code"]},
+        **{n: {"cmd": f"pkt {n}", "deps": [f"code/{n}", "source.txt"], "outs": [f"{n}.txt"]} for n in hashes},
+        "after": {"cmd": "pkt after", "deps": ["b.txt"], "outs": ["after.txt"]},
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for name in ("source", "source.txt", "a.txt", "b.txt", "after.txt"):
+        Path(name).write_text(name)
+    Path("code").mkdir()
+    for name, text in hashes.items():
+        Path("code", name).write_text(f"{text}\n")
+
+    def names() -> list[str]:
+        with open_repo() as repo:
+            return [stage.name for stage in plan.stale(Graph(repo, [], glob=False, allow_missing=False))]
+
+    def would_be(**changed: str) -> None:
+        md5 = {name: hashlib.md5(f"{text}\n".encode()).hexdigest() for name, text in (hashes | changed).items()}
+        monkeypatch.setattr(plan, "code_hashes", lambda stage: {f"{tmp_path}/code/{n}": h for n, h in md5.items()})
+
+    would_be()
+    with open_repo() as repo:
+        repo.commit(force=True)
+    assert names() == []
+    Path("source").write_text("a comment")
+    assert names() == ["code"]
+    would_be(b="new")
+    assert names() == ["code", "b", "after"]
+    # What lies there is of another state in between.
+    Path("code/a").write_text("between\n")
+    assert names() == ["code", "b", "after"]
+    Path("source.txt").write_text("new")
+    assert names() == ["code", "a", "b", "after"]
+
+
+def test_the_hashes_are_those_that_pkt_code_writes(pkt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = f"pkt code --params params.yaml --out {tmp_path}/code"
+    status, _, err = pkt(*command.split()[1:])
+    assert status == 0, err
+    found = plan.code_hashes(SimpleNamespace(cmd=command, wdir=str(ROOT)))
+    files = [path for path in (tmp_path / "code").rglob("*") if path.is_file()]
+    assert found == {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in files}

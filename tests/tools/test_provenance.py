@@ -82,3 +82,24 @@ def test_files_of_no_stage_and_a_lock_in_a_merge_pass(root: Path) -> None:
     Path("dvc.lock").write_text(f"<<<<<<< ours\n    - path: {ROWS}\n")
     (root / ROWS).write_bytes(b"changed")
     check_inputs(["--rows", ROWS, "--mine", "artifacts/mine", os.sep])
+
+
+def test_inputs_are_named_without_hashes_of_code(root: Path) -> None:
+    folder = "artifacts/tiny/code"
+    (root / folder).mkdir()
+    (root / folder / "select").write_text("hash")
+    entry = {"cmd": "pkt select", "deps": [recorded(root, ADAPTER), recorded(root, f"{folder}/select")]}
+    code = {"cmd": "pkt code --out artifacts/tiny/code", "outs": [recorded(root, folder)]}
+    lock(root / "dvc.lock", {"select@a": entry | {"outs": [recorded(root, ROWS)]}, "code": code})
+    made = origin(root / ROWS)
+    assert made is not None and made.inputs == {ADAPTER: md5(root / ADAPTER)}
+
+
+def test_what_the_stage_itself_once_made_is_no_input(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC removes a stage's files before it runs; of a folder that other files take the place of, the folder stays."""
+    for file in (root / ADAPTER).iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="not what its stage has made"):
+        check_inputs(["--out", ADAPTER])
+    monkeypatch.setenv("DVC_STAGE", "profiles/other/dvc.yaml:seek")
+    check_inputs(["--out", ADAPTER])

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pkt_stages.errors import UserError
-from pkt_stages.tools.sweep import environments
+from pkt_stages.tools.sweep import Graph, environments, open_repo
 
 ROOT = Path(__file__).parents[2]
 PKT = (sys.executable, "-m", "pkt_stages")
@@ -286,6 +286,68 @@ def test_bad_input_is_one_line(project: Path, tmp_path: Path) -> None:
     assert said.startswith("pkt: error: ") and "'nothing'" in said and said.count("\n") == 1
     said = sweep(tmp_path, status=2)
     assert said.startswith("pkt: error: you are not inside of a DVC repository") and said.count("\n") == 1
+
+
+def test_its_answers_are_those_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Graph.changed` does by itself, without DVC's locks, what `Stage.changed` does."""
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    params = {"lr": 1, "sizes": {"small": 2, "large": 3}, "names": {"a": {}}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "in.txt").write_text("in")
+    stages: dict[str, Any] = {
+        "whole": {"cmd": "true", "params": [{"params.yaml": None}], "outs": ["whole.txt"]},
+        "some": {"cmd": "true", "params": ["lr", "sizes.small", "names.a"], "deps": ["in.txt"], "outs": ["some.txt"]},
+        "after": {"cmd": "true", "deps": ["some.txt"], "metrics": [{"after.json": {"cache": False}}]},
+        "frozen": {"cmd": "true", "deps": ["in.txt"], "outs": ["frozen.txt"], "frozen": True},
+        "always": {"cmd": "true", "deps": ["in.txt"], "outs": ["always.txt"], "always_changed": True},
+        "new": {"cmd": "true", "deps": ["in.txt"], "outs": ["new.txt"]},
+    }
+    for name in ("whole.txt", "some.txt", "after.json", "frozen.txt", "always.txt"):
+        (tmp_path / name).write_text(name)
+    new = {"new": stages.pop("new")}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    monkeypatch.chdir(tmp_path)
+    with open_repo() as repo:
+        repo.commit(force=True)
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages | new}))
+
+    def stale(allow_missing: bool) -> set[str]:
+        with open_repo() as repo:
+            graph = Graph(repo, [], glob=False, allow_missing=allow_missing)
+            with graph.locked() as locked:
+                assert locked
+                ours = {stage.name: graph.changed(stage) for stage in graph.stages}
+                # Not read once by us, but as DVC does.
+                for dependency in (d for stage in graph.stages for d in stage.deps):
+                    vars(dependency).pop("read_params", None)
+                theirs = {s.name: bool(s.changed(allow_missing, graph.upstream[s])) for s in graph.stages}
+        assert ours == theirs
+        return {name for name, changed in ours.items() if changed}
+
+    unchanged = {"always", "new"}
+    assert stale(False) == unchanged
+    for text, found in (
+        (yaml.safe_dump(params | {"lr": 2}), {"whole", "some"}),
+        (yaml.safe_dump(params | {"sizes": {"small": 2, "large": 4}}), {"whole"}),
+        (yaml.safe_dump(params | {"names": {"b": {}}}), {"whole", "some"}),
+        (None, {"whole", "some"}),
+    ):
+        (tmp_path / "params.yaml").unlink() if text is None else (tmp_path / "params.yaml").write_text(text)
+        assert stale(False) == unchanged | found, text
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    for name, found in (
+        ("in.txt", {"some", "new"}),
+        ("some.txt", {"some", "after"}),
+        ("after.json", {"after"}),
+        ("frozen.txt", {"frozen"}),
+    ):
+        (tmp_path / name).rename(tmp_path / "away")
+        assert stale(False) == unchanged | found, name
+        assert stale(True) - {"new"} == {"always"}, name
+        (tmp_path / name).write_text("other")
+        assert stale(True) - {"new"} == {"always"} | found - {"new"}, name
+        (tmp_path / "away").rename(tmp_path / name)
 
 
 def test_environments_of_the_slots() -> None:

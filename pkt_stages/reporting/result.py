@@ -1,0 +1,158 @@
+"""What one source's transfer to the target has to show: its rows with their tests, its alignments, its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from pkt_stages.profile import GROUPS, Method, Profile
+from pkt_stages.reporting import figures
+from pkt_stages.reporting.figures import Drawing
+from pkt_stages.reporting.paper import Claim, claims
+from pkt_stages.reporting.reading import Folder
+from pkt_stages.reporting.table import MODELS, Head, Row, table
+
+EVALUATION = ("task", "model", "ids", "runs", "settings", "made")
+ALIGNMENT = ("params", "chosen_step", "steps", "validation_loss_without_delta")
+CONTROLS = GROUPS["control"].section
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that one pair of models has to show.
+
+    Attributes:
+        metrics: of the evaluations by row and task.
+        alignments: metrics by method and task.
+        steps: evaluations after every step of an alignment, by method and task.
+    """
+
+    source: str
+    target: str
+    rows: list[Row]
+    metrics: dict[str, dict[str, dict[str, Any]]]
+    alignments: dict[str, dict[str, Any]]
+    steps: dict[str, dict[str, Any]]
+    claims: list[Claim]
+    controls: list[Claim]
+
+    @property
+    def groups(self) -> list[tuple[str, list[Row]]]:
+        return [(group, list(members)) for group, members in groupby(self.rows, lambda row: row.group)]
+
+    @property
+    def named(self) -> dict[str, Row]:
+        """Rows by name, the two models' as `source` and `target`."""
+        names = {self.source: "source", self.target: "target"}
+        return {names.get(row.slug, row.slug): row for row in self.rows}
+
+    @property
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """The alignments by method and task; those of controls are left out."""
+        return {name: found for name, found in self.alignments.items() if self.named[name].group != CONTROLS}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything as JSON values, by row and task."""
+        return {
+            "rows": {row.slug: asdict(row) for row in self.rows},
+            "order": [row.slug for row in self.rows],
+            "alignments": {
+                method: {
+                    task: {
+                        "chosen_step": found["chosen_step"],
+                        "validation_loss_without_delta": found["validation_loss_without_delta"],
+                        "validation_loss": [step["validation_loss"] for step in found["steps"]],
+                    }
+                    for task, found in by_task.items()
+                }
+                for method, by_task in self.shown.items()
+            },
+            "claims": [claim.numbers() for claim in self.claims],
+            "controls": [claim.numbers() for claim in self.controls],
+        }
+
+    def drawings(self, tasks: Mapping[str, str]) -> dict[str, list[Drawing]]:
+        """The figures: `forest`, `losses` and `steps`; `tasks` are their titles by name."""
+        pair = f"{self.source}-{self.target}"
+        made: dict[str, list[Drawing]] = {"forest": [], "losses": [], "steps": []}
+        kinds = {MODELS: "model", CONTROLS: "control"}
+        for task, title in tasks.items():
+            intervals = [
+                figures.Interval(
+                    label=row.label,
+                    group=row.group,
+                    kind=kinds.get(row.group, "method"),
+                    value=versus.difference,
+                    low=versus.low,
+                    high=versus.high,
+                    marked=bool(versus.mark),
+                )
+                for row in self.rows
+                if (versus := row.cells[task].versus) is not None
+            ]
+            alt = f"{title}: difference to the target with its 95 % interval, one line per row; numbers in the table"
+            made["forest"].append(Drawing(f"{pair}_differences_{task}", figures.forest(title, intervals), alt))
+        for method, by_task in self.shown.items():
+            for task, found in by_task.items():
+                values = [found["validation_loss_without_delta"], *(step["validation_loss"] for step in found["steps"])]
+                title = f"{self.named[method].label}, {tasks[task]}"
+                png = figures.losses(title, values, found["chosen_step"])
+                made["losses"].append(Drawing(f"{pair}_loss_{method}_{task}", png, f"{title}: held-out loss by step"))
+        for method, by_task in self.steps.items():
+            for task, found in by_task.items():
+                steps: dict[str, list[float]] = {}
+                for one in found["runs"]:
+                    steps.setdefault(one["label"].split("/")[0], []).append(one["score"])
+                title = f"{self.named[method].label}, {tasks[task]}"
+                chosen = self.alignments[method][task]["chosen_step"]
+                target = self.named["target"].cells[task].score
+                png = figures.score_by_step(title, list(steps.values()), chosen, target)
+                made["steps"].append(Drawing(f"{pair}_steps_{method}_{task}", png, f"{title}: test score by step"))
+        return made
+
+
+def result(
+    evaluated: Folder, analysed: Folder, profile: Profile, source: str, titles: Mapping[str, str], adopted: list[str]
+) -> Result:
+    """Everything about one source and the target, from their metrics.
+
+    Args:
+        titles: of the methods, by name.
+        adopted: rows taken over that are methods.
+    """
+    tasks, target = profile.tasks, profile.target
+    methods = in_sections([Method(name, "finetune", {}) for name in adopted], profile.methods)
+    heads = [Head(source, MODELS, f"source: {source}"), Head(target, MODELS, f"target: {target}")]
+    heads += [Head(method.name, method.section, titles[method.name]) for method in methods]
+    folders = {source: (source,), target: (target,)} | {method.name: method.folder(source) for method in methods}
+    found = {name: evaluated.by_task(tasks, *folder, keys=EVALUATION) for name, folder in folders.items()}
+    named = {{source: "source", target: "target"}.get(row, row): by_task for row, by_task in found.items()}
+    return Result(
+        source=source,
+        target=target,
+        rows=table(heads, found, target),
+        metrics=found,
+        alignments={
+            method.name: analysed.by_task(tasks, "align", *method.folder(source), keys=ALIGNMENT)
+            for method in profile.in_group("align")
+        },
+        steps={
+            name: evaluated.by_task(tasks, "steps", *profile.method(name).folder(source), keys=EVALUATION)
+            for name in profile.every_step
+        },
+        claims=claims(named, tasks, section="claims"),
+        controls=claims(named, tasks, section="controls"),
+    )
+
+
+def in_sections(adopted: list[Method], methods: list[Method]) -> list[Method]:
+    """The table's rows by section, each section where its first method is; rows taken over lead theirs."""
+    order = list(dict.fromkeys(method.section for method in methods))
+
+    def place(method: Method) -> tuple[bool, int]:
+        section = method.section
+        return section == CONTROLS, order.index(section) if section in order else len(order)
+
+    return sorted([*adopted, *methods], key=place)
