@@ -34,7 +34,7 @@ from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.seek import SeekParams
 
 if TYPE_CHECKING:
-    from pkt_stages.tools.sweep import Graph
+    from pkt_stages.tools.graph import Graph
 
 Params = TypeVar("Params")
 GIB = 2**30
@@ -310,7 +310,7 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from pkt_stages.tools.sweep import Graph, open_repo
+    from pkt_stages.tools.graph import Graph, open_repo
 
     if not tflops > 0 or not bandwidth > 0:
         raise UserError("--tflops and --bandwidth must be above 0")

@@ -13,8 +13,8 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.tools import plan
+from pkt_stages.tools.graph import Graph, open_repo
 from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters
-from pkt_stages.tools.sweep import Graph, open_repo
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]

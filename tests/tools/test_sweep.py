@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from pkt_stages.errors import UserError
-from pkt_stages.tools.sweep import Graph, environments, open_repo
+from pkt_stages.tools.graph import Graph, open_repo
+from pkt_stages.tools.sweep import environments
 
 ROOT = Path(__file__).parents[2]
 PKT = (sys.executable, "-m", "pkt_stages")
