@@ -9,14 +9,17 @@ does that treats the mapping as part of the model. Both take the same examples a
 
 from __future__ import annotations
 
+import functools
 import resource
+from collections.abc import Mapping
 
 import torch
 import typer
 from torch import Tensor
 
 from benchmarks.cka import FULL, clock, random_model
-from pkt_stages.core import hypernetwork as core
+from pkt_stages.core.hypernetwork import Hypernetwork, draw_weights
+from pkt_stages.core.losses import backward, mean_square
 from pkt_stages.encoding import Encoded
 from pkt_stages.models.inject import SparseDelta, injected
 from pkt_stages.models.losses import example_losses, micro_batches
@@ -48,12 +51,11 @@ def main(
         site: (torch.randn(sizes.num_layers, count, d_source, generator=draw) * 0.02).to(device)
         for site, count in counts.items()
     }
-    made = core.init_weights(
-        SITES, d_source=d_source, d_hidden=d_source, d_target=sizes.d_model, std=1e-3, generator=draw
-    )
-    weights = {name: weight.to(device).requires_grad_() for name, weight in made.items()}
+    network = Hypernetwork(SITES, d_source=d_source, d_hidden=d_source, d_target=sizes.d_model)
+    draw_weights(network, std=1e-3, generator=draw)
+    network.to(device)
 
-    def losses(part: list[Encoded], deltas: dict[str, Tensor]) -> Tensor:
+    def losses(part: list[Encoded], deltas: Mapping[str, Tensor]) -> Tensor:
         delta = {
             site: SparseDelta(layers, torch.arange(counts[site]).repeat(sizes.num_layers, 1), deltas[site])
             for site in SITES
@@ -62,19 +64,18 @@ def main(
             return example_losses(model, part)
 
     def once() -> None:
-        parts = [lambda deltas, part=part: losses(part, dict(deltas)) for part in batches]
-        core.backward(weights, rows, parts, penalty_weight=PENALTY, reduction="mean")
+        parts = [functools.partial(losses, part) for part in batches]
+        backward(network, rows, parts, penalty_weight=PENALTY, reduction="mean")
 
     def per_micro_batch() -> None:
-        for weight in weights.values():
-            weight.grad = None
+        network.zero_grad(set_to_none=True)
         for part in batches:
-            deltas = core.forward(weights, rows)
+            deltas = network(rows)
             share = len(part) / examples
-            (losses(part, deltas).sum() / examples + PENALTY * core.mean_square(deltas) * share).backward()
+            (losses(part, deltas).sum() / examples + PENALTY * mean_square(deltas) * share).backward()
 
     def model_only() -> None:
-        fixed = {site: part.detach().requires_grad_() for site, part in core.forward(weights, rows).items()}
+        fixed = {site: part.detach().requires_grad_() for site, part in network(rows).items()}
         for part in batches:
             losses(part, fixed).sum().backward()
 
@@ -87,7 +88,7 @@ def main(
             taken = clock(device) - start
             if turn > 0:  # the first one allocates
                 seconds[name] = min(taken, seconds.get(name, taken))
-            gradients[name] = torch.cat([w.grad.flatten().double() for w in weights.values() if w.grad is not None])
+            gradients[name] = torch.cat([w.grad.flatten().double() for w in network.parameters() if w.grad is not None])
     error = float((gradients["once"] - gradients["per micro-batch"]).norm() / gradients["per micro-batch"].norm())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.startswith("cuda"):

@@ -8,7 +8,7 @@ import inspect
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,65 +38,95 @@ MethodName = Annotated[
 ]
 
 
-def with_params(
-    section: str, cls: type, *, code: str | None = None, function: str = ""
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `--params FILE` and one per field of `cls`; it receives `params`, built from them.
 
     Values come as `params.read_settings` says, for the command's `task` and `method` where it has such options.
-
-    Args:
-        code: for commands that call a file of pkt_stages/methods: the file that is used where neither `--code` nor the
-            method's entry names one; empty if there is none. The command then receives `by`, that file with its own
-            settings, which come from the same places and from `--set NAME=VALUE`.
-        function: that the file must have.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        hints = typing.get_type_hints(cls)
-        own = [p for name, p in signature.parameters.items() if name not in ("params", "by")]
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        extra = [_parameter("params_file", Path, "--params", help=f"Params file whose section `{section}` to use.")]
-        if code is not None:
-            extra.append(
-                _parameter("code", str, help=f"File of pkt_stages/methods to use (default: {code or 'none'}).")
-            )
-            extra.append(_parameter("set_", list[str], "--set", help="A setting of that file, NAME=VALUE; repeatable."))
-        for name, f in fields.items():
-            if not _is_mapping(hints[name]):
-                shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-                text = f"{f.metadata['help']} (default: {shown})"
-                extra.append(_parameter(name, _option_type(hints[name]), help=text, rich_help_panel="Settings"))
-
-        @functools.wraps(command)
-        def wrapper(**given: Any) -> None:
-            file = given.pop("params_file")
-            task, method = given.get("task"), given.get("method")
-            values = read_settings(file, section, task=task, method=method) if file is not None else {}
-            named, more = given.pop("code", None), given.pop("set_", None)
-            for name in fields:
-                value = given.pop(name, None)
-                if value is not None:
-                    values[name] = _elements(value, hints[name]) if _is_list(hints[name]) else value
-            where = f"{file}: {section}" if file is not None else f"options of `{section}`"
-            if code is not None:
-                values |= _assignments(more or [])
-                chosen = named or values.pop("code", None) or code
-                values.pop("code", None)
-                if not isinstance(chosen, str) or not chosen:
-                    raise UserError(
-                        f"{where}: no code; name a file of pkt_stages/methods: {', '.join(methods.names())}"
-                    )
-                given["by"], values = _method(chosen, function, cls, values, where)
+        def run(values: dict[str, Any], where: str, given: dict[str, Any]) -> None:
             command(**given, params=build(cls, values, where))
 
-        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        wrapper.__signature__ = signature.replace(parameters=keyword_only + extra)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in keyword_only + extra}
-        return wrapper
+        return _with_options(command, section, cls, [], run)
 
     return decorate
+
+
+def with_method(
+    section: str, cls: type, *, functions: Sequence[str], code: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As `with_params`, for a command that calls a file of pkt_stages/methods: it receives it as `by`, too.
+
+    The file is that of `--code`, of the method's entry, or `code`. Settings of its own come from the same places and
+    from `--set NAME=VALUE`.
+
+    Args:
+        functions: that the file must have.
+        code: the file to take where none is named; empty: that is an error.
+    """
+    extra = [
+        _parameter("code", str, help=f"File of pkt_stages/methods (default: {code or 'none'})."),
+        _parameter("set_", list[str], "--set", help="NAME=VALUE of its `Params`; repeatable. A wrong NAME lists them."),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(values: dict[str, Any], where: str, given: dict[str, Any]) -> None:
+            named = given.pop("code") or values.get("code") or code
+            values = {**values, **_assignments(given.pop("set_") or [])}
+            values.pop("code", None)
+            if not isinstance(named, str) or not named:
+                known = ", ".join(methods.names())
+                raise UserError(f"{where}: no code; name a file of pkt_stages/methods: {known}")
+            by, shared = _method(named, functions, cls, values, where)
+            command(**given, params=build(cls, shared, where), by=by)
+
+        return _with_options(command, section, cls, extra, run)
+
+    return decorate
+
+
+def _with_options(
+    command: Callable[..., None],
+    section: str,
+    cls: type,
+    extra: Sequence[inspect.Parameter],
+    run: Callable[[dict[str, Any], str, dict[str, Any]], None],
+) -> Callable[..., None]:
+    """The command as typer sees it.
+
+    Args:
+        run: receives the settings as values, where they are from, and what else was given.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, p in signature.parameters.items()
+        if name not in ("params", "by")
+    ]
+    made = [_parameter("params_file", Path, "--params", help=f"Params file whose section `{section}` to use."), *extra]
+    for name, f in fields.items():
+        if not _is_mapping(hints[name]):
+            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text = f"{f.metadata['help']} (default: {shown})"
+            made.append(_parameter(name, _option_type(hints[name]), help=text, rich_help_panel="Settings"))
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        file, task, method = given.pop("params_file"), given.get("task"), given.get("method")
+        # A command without settings of its own needs no section.
+        values = read_settings(file, section, task=task, method=method, optional=not fields) if file is not None else {}
+        for name in fields:
+            value = given.pop(name, None)
+            if value is not None:
+                values[name] = _elements(value, hints[name]) if _is_list(hints[name]) else value
+        run(values, f"{file}: {section}" if file is not None else f"options of `{section}`", given)
+
+    wrapper.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in own + made}
+    return wrapper
 
 
 def _parameter(name: str, hint: Any, *flags: str, **how: Any) -> inspect.Parameter:
@@ -105,11 +135,13 @@ def _parameter(name: str, hint: Any, *flags: str, **how: Any) -> inspect.Paramet
 
 
 def _method(
-    name: str, function: str, cls: type, values: Mapping[str, Any], where: str
+    name: str, functions: Sequence[str], cls: type, values: Mapping[str, Any], where: str
 ) -> tuple[methods.Method, dict[str, Any]]:
     """The method with those of the values that are settings of its own, and the others."""
-    code = methods.load(name, function)
+    code = methods.load(name, functions)
     shared, own = ([f.name for f in dataclasses.fields(c)] for c in (cls, code.Params))
+    if both := [key for key in own if key in shared]:
+        raise UserError(f"pkt_stages/methods/{name}.py: {both[0]!r} is a setting of the command, too; rename it")
     if unknown := [key for key in values if key not in shared and key not in own]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join([*own, *shared])}")
     settings = build(code.Params, {key: value for key, value in values.items() if key in own}, f"{where} ({name})")

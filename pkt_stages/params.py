@@ -40,17 +40,21 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
-def read_settings(path: Path, section: str, *, task: str | None = None, method: str | None = None) -> dict[str, Any]:
+def read_settings(
+    path: Path, section: str, *, task: str | None = None, method: str | None = None, optional: bool = False
+) -> dict[str, Any]:
     """What a params file says of a command's settings, for a task and a method if they are given.
 
     A method that several commands work on has a part for each in its entry, named like the command.
+
+    Args:
+        optional: whether the section may be missing.
 
     Raises:
         UserError: the file, the task or the method is missing or malformed.
     """
     content = read_params(path)
-    # A method that has code of its own has its settings in its entry.
-    values = dict(mapping(content, path, section)) if section in content or method is None else {}
+    values = dict(mapping(content, path, section)) if section in content or not optional else {}
     if task is not None:
         tasks = mapping(content, path, "task")
         if task not in tasks:

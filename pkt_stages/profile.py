@@ -6,7 +6,7 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def read_profile(path: Path) -> Profile:
     """Read a params file's lists.
 
     Raises:
-        UserError: it is missing or malformed, a method is in two groups, or a group is no stage of the graph.
+        UserError: it is missing or malformed, a method is in two groups, a group is no stage of the graph, or lists
+            that belong together differ.
     """
     content = read_params(path)
     methods = sorted(_methods(content, path), key=lambda method: method.section == "Controls")
@@ -161,7 +162,45 @@ def read_profile(path: Path) -> Profile:
                 )
     if strange := [task for task in profile.analysed["task"] if task not in profile.tasks]:
         raise UserError(f"{path}: analysed.task: {strange[0]!r} is not in `task` ({', '.join(profile.tasks)})")
+    _check_lists(profile)
     return profile
+
+
+def _check_lists(profile: Profile) -> None:
+    """That lists which repeat others, because DVC cannot derive them, do so: what one lacks would silently not be made.
+
+    Raises:
+        UserError: one does not.
+    """
+    content, path = profile.content, profile.path
+
+    def same(where: str, found: Iterable[str], expected: Iterable[str], why: str) -> None:
+        wanted, have = list(expected), list(found)
+        if lacking := [name for name in wanted if name not in have]:
+            raise UserError(f"{path}: {where}: {lacking[0]!r} is missing; {why}")
+        if strange := [name for name in have if name not in wanted]:
+            raise UserError(f"{path}: {where}: {strange[0]!r} does not belong there; {why}")
+
+    same("made_by", mapping(content, path, "made_by"), GROUPS, "a group without methods is an empty mapping: {}")
+    parts = list(mapping(content, path, "no_change"))
+    why = f"a task has the parts of `no_change`: {', '.join(parts)}"
+    for task in profile.tasks:
+        same(f"task.{task}", mapping(content, path, "task", task), parts, why)
+    by_source = [method.name for method in profile.methods if GROUPS[method.group].by_source and method.group != "grid"]
+    why = "it unites groups of `made_by`, see the end of `made_by` in params.yaml"
+    same("by_source", mapping(content, path, "by_source"), by_source, why)
+    same("methods", mapping(content, path, "methods"), [method.name for method in profile.methods], why)
+    if missing := [name for name in profile.sources if name not in profile.models]:
+        raise UserError(f"{path}: models: {missing[0]!r} is missing; a source is attributed and evaluated, too")
+    if missing := [name for name in (profile.target,) if name not in (*profile.models, *profile.adopted)]:
+        raise UserError(f"{path}: models: {missing[0]!r} is missing; rows are compared with the target")
+    sought = _names(content, path, "seek_source")
+    starts = [*profile.in_group("unaligned"), *profile.in_group("finetune_seeking")]
+    if starts and (missing := [name for name in profile.sources if name not in sought]):
+        raise UserError(f"{path}: seek_source: {missing[0]!r} is missing; {starts[0].name} needs its sub-matrices")
+    controls = [method.name for method in profile.in_group("control")]
+    if controls and "laten" not in [method.name for method in profile.in_group("align")]:
+        raise UserError(f"{path}: made_by.align: 'laten' is missing; {controls[0]} is a control of its delta")
 
 
 _ANALYSED = ("task", "methods", "seeking", "target_methods")

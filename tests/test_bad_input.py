@@ -47,7 +47,7 @@ TABLE = [
     ("seeking without sub-matrices", "derive --code seeking --target {target} --out {tmp}/o", "the method takes --target and --submatrices, nothing else; found --target"),
     ("no code", "derive --target {target} --out {tmp}/o", "options of `derive`: no code; name a file of pkt_stages/methods: grid, laten, random_delta, seeking"),
     ("no such code", "derive --code theseus --target {target} --out {tmp}/o", "code 'theseus': no such file in pkt_stages/methods; found grid, laten, random_delta, seeking"),
-    ("code of another command", "derive --code laten --target {target} --out {tmp}/o", "code 'laten': pkt_stages/methods/laten.py has no `derive`, so it is for another command"),
+    ("code of another command", "derive --code laten --target {target} --out {tmp}/o", "code 'laten': pkt_stages/methods/laten.py has no `derive`; it is for another command, or not whole"),
     ("setting of no code", "derive --code grid --set widht=pca --target {target} --source {source} --out {tmp}/o", "options of `derive`: unknown key 'widht'; expected one of layers, width, neurons, seed"),
     ("rank", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --rank 65 --max-length 128", "rank 65 is larger than a side of model.layers.0.mlp.up_proj [96, 64]; use at most 64"),
     ("init without blocks", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --init seeking", "init seeking needs --submatrices (from `pkt seek`)"),

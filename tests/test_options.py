@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from pkt_stages import methods
 from pkt_stages.errors import UserError
 from pkt_stages.methods import Method
-from pkt_stages.options import MethodName, Task, option, with_params
+from pkt_stages.options import MethodName, Task, option, with_method
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,28 @@ class Own:
     kind: str = option("plain", "A kind.")
 
 
+@dataclass(frozen=True)
+class Clash:
+    lr: float = option(0.5, "Another rate.")
+
+
 Run = Callable[..., tuple[Shared, Method]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A command whose method's code is called `mine`; `other` is there, too, but for another command."""
-    files = {"mine": SimpleNamespace(Params=Own, mapping=None), "other": SimpleNamespace(Params=Own)}
+    """A command whose method's code is called `mine`; `other` is for another one, `clash` has one of its settings."""
+    files = {
+        "mine": SimpleNamespace(Params=Own, mapping=None),
+        "other": SimpleNamespace(Params=Own),
+        "clash": SimpleNamespace(Params=Clash, mapping=None),
+    }
     monkeypatch.setattr(methods, "names", lambda: sorted(files))
-    monkeypatch.setattr(methods.importlib, "import_module", lambda name: files[name.rpartition(".")[2]])
+    for name, module in files.items():
+        monkeypatch.setitem(sys.modules, f"{methods.__name__}.{name}", module)
     seen: list[tuple[Shared, Method]] = []
 
-    @with_params("tune", Shared, code="mine", function="mapping")
+    @with_method("tune", Shared, functions=("mapping",), code="mine")
     def tune(params: Shared, by: Method, task: Task = None, method: MethodName = None) -> None:
         seen.append((params, by))
 
@@ -77,11 +88,15 @@ def test_settings_come_from_defaults_file_task_method_and_options(run: Run, file
     [
         (
             ["--method", "two"],
-            "code 'other': pkt_stages/methods/other.py has no `mapping`, so it is for another command",
+            "code 'other': pkt_stages/methods/other.py has no `mapping`; it is for another command, or not whole",
+        ),
+        (
+            ["--code", "clash"],
+            "pkt_stages/methods/clash.py: 'lr' is a setting of the command, too; rename it",
         ),
         (["--method", "three"], "{file}: tune: unknown key 'widht'; expected one of width, kind, lr, seeds"),
         (["--method", "four"], "{file}: tune (mine): width must be at least 1, found 0"),
-        (["--code", "yours"], "code 'yours': no such file in pkt_stages/methods; found mine, other"),
+        (["--code", "yours"], "code 'yours': no such file in pkt_stages/methods; found clash, mine, other"),
         (["--set", "width"], "--set width: expected NAME=VALUE"),
         (["--set", "width=[1"], "--set width=[1: its value is no YAML"),
         (["--set", "width=wide"], "{file}: tune (mine): width: expected int, found 'wide'"),
@@ -99,7 +114,7 @@ def test_a_command_without_a_file_of_its_own_asks_for_one() -> None:
     class Nothing:
         pass
 
-    @with_params("make", Nothing, code="", function="derive")
+    @with_method("make", Nothing, functions=("derive",))
     def make(params: Any, by: Method) -> None:
         raise AssertionError
 

@@ -4,28 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pkt_stages.errors import UserError
 from pkt_stages.profile import Profile, read_profile
+from tests.profiles import rows, write_params
 
 ROOT = Path(__file__).parents[1]
 
 
-def changed(tmp_path: Path, **changes: Any) -> Path:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text()) | changes
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+NOTHING: dict[str, Any] = {"task": [], "methods": [], "seeking": [], "target_methods": []}
+PARTS: dict[str, Any] = {name: {} for name in ("prepare", "align", "finetune", "generate", "distill", "evaluate")}
 
 
-def rows(profile: Profile) -> list[tuple[str, str, str | None]]:
+def shown(profile: Profile) -> list[tuple[str, str, str | None]]:
     return [(method.name, method.section, method.code) for method in profile.methods]
 
 
 def test_the_default_profile() -> None:
     profile = read_profile(ROOT / "params.yaml")
-    assert rows(profile) == [
+    assert shown(profile) == [
         ("laten", "PrePKT", "laten"),
         ("unaligned_seeking", "PrePKT", "seeking"),
         ("postpkt_random", "PostPKT", None),
@@ -43,9 +40,13 @@ def test_the_default_profile() -> None:
 
 def test_rows_come_in_the_order_of_made_by_with_controls_last(tmp_path: Path) -> None:
     made_by = {"distill": {"kd": {}}, "align": {"control_rows": {"given": "random"}, "own": {"code": "mine"}}}
-    empty: dict[str, Any] = {"task": [], "methods": [], "seeking": [], "target_methods": []}
-    profile = read_profile(changed(tmp_path, made_by=made_by, analysed=empty))
-    assert rows(profile) == [
+
+    def edit(params: dict[str, Any]) -> None:
+        rows(params, **made_by)
+        params["analysed"] = NOTHING
+
+    profile = read_profile(write_params(tmp_path, edit))
+    assert shown(profile) == [
         ("kd", "Distillation", None),
         ("own", "PrePKT", "mine"),
         ("control_rows", "Controls", "laten"),
@@ -90,13 +91,48 @@ def test_every_profile_reads(path: Path) -> None:
             " finetune_answers, distill, control",
         ),
         (
+            {"made_by": {"align": {"laten": {}}}, "every_step": [], "analysed": NOTHING},
+            "made_by: 'unaligned' is missing; a group without methods is an empty mapping: {}",
+        ),
+        (
+            {"by_source": {"laten": {}, "unaligned_seeking": {}, "postpkt_seeking": {}, "kd": {}}},
+            "by_source: 'control_random_delta' is missing; it unites groups of `made_by`, see the end of `made_by` in"
+            " params.yaml",
+        ),
+        (
+            {"methods": {"latne": {}}},
+            "methods: 'laten' is missing; it unites groups of `made_by`, see the end of `made_by` in params.yaml",
+        ),
+        (
+            {"task": {"mmlu": {"algin": {}}}, "analysed": NOTHING},
+            "task.mmlu: 'prepare' is missing; a task has the parts of `no_change`: prepare, align, finetune, generate,"
+            " distill, evaluate",
+        ),
+        (
+            {"task": {"mmlu": PARTS | {"algin": {}}}, "analysed": NOTHING},
+            "task.mmlu: 'algin' does not belong there; a task has the parts of `no_change`: prepare, align, finetune,"
+            " generate, distill, evaluate",
+        ),
+        ({"models": ["target-chat"]}, "models: 'source-chat' is missing; a source is attributed and evaluated, too"),
+        ({"models": ["source-chat"]}, "models: 'target-chat' is missing; rows are compared with the target"),
+        ({"seek_source": []}, "seek_source: 'source-chat' is missing; unaligned_seeking needs its sub-matrices"),
+        (
             {"pairs": {"one": {"first": "a"}}},
             "pairs.one: expected the keys first and second with a model each, found {'first': 'a'}",
         ),
     ],
 )
 def test_bad_profiles(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = changed(tmp_path, **changes)
+    path = write_params(tmp_path, lambda params: params.update(changes))
     with pytest.raises(UserError) as caught:
         read_profile(path)
     assert str(caught.value) == f"{path}: {message}"
+
+
+def test_controls_need_the_row_that_they_control(tmp_path: Path) -> None:
+    def edit(params: dict[str, Any]) -> None:
+        rows(params, control={"control_random_delta": {"code": "random_delta"}})
+        params["analysed"] = NOTHING
+
+    with pytest.raises(UserError, match=r"made_by\.align: 'laten' is missing; control_random_delta is a control of"):
+        read_profile(write_params(tmp_path, edit))

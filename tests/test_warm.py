@@ -18,7 +18,7 @@ def warm(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_stages_do_what_they_do_alone(target_folder: Path, tmp_path: Path) -> None:
-    attribute = f"{PKT} attribute --model {target_folder} --examples e.jsonl --out"
+    attribute = f"{PKT} attribute --model {target_folder} --extract e.jsonl --out"
     (tmp_path / "e.jsonl").write_text(
         '{"dataset": "d", "id": "a", "messages": [{"role": "user", "content": "1 + 1?"},'
         ' {"role": "assistant", "content": "It is 2."}]}\n'
@@ -37,7 +37,7 @@ def test_a_client_that_is_killed_takes_its_child_with_it(tmp_path: Path) -> None
     """The child waits on a pipe that nobody writes to; it must be gone before the whole ends."""
     script = f"""
         mkfifo pipe.jsonl
-        {PKT} attribute --model x/y --examples pipe.jsonl --out o &
+        {PKT} attribute --model x/y --extract pipe.jsonl --out o &
         client=$!
         sleep 0.2
         until pgrep -P $PPID | grep -qv $$; do sleep 0.1; done

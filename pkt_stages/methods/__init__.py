@@ -1,14 +1,15 @@
 """Methods that have code of their own, one file each; `code: <file>` in a method's entry of `made_by` names it.
 
-A file holds a frozen dataclass `Params` and plain functions. `pkt derive` calls `derive(inputs, params)`; `pkt align`
-and `pkt inject` call `mapping(...)` and, for a selection of its own, `source_rows(...)` and `target_neurons(...)`
-(see laten.py). Nothing lists the files.
+A file holds a frozen dataclass `Params` and plain functions: for `pkt derive` a `derive(inputs, params)`; for
+`pkt align` and `pkt inject` `mapping`, `source_rows` and `place`, as laten.py has them and says what they are given.
+Nothing lists the files.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -40,17 +41,18 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def load(name: str, function: str) -> ModuleType:
+def load(name: str, functions: Sequence[str]) -> ModuleType:
     """The module of a file of this folder.
 
     Raises:
-        UserError: there is none, or it lacks `Params` or the function.
+        UserError: there is none, or it lacks `Params` or one of the functions.
     """
     if name not in names():
         raise UserError(f"code {name!r}: no such file in pkt_stages/methods; found {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    if missing := [part for part in ("Params", function) if not hasattr(module, part)]:
+    if missing := [part for part in ("Params", *functions) if not hasattr(module, part)]:
         raise UserError(
-            f"code {name!r}: pkt_stages/methods/{name}.py has no `{missing[0]}`, so it is for another command"
+            f"code {name!r}: pkt_stages/methods/{name}.py has no `{missing[0]}`;"
+            " it is for another command, or not whole"
         )
     return module

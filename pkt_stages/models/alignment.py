@@ -21,7 +21,7 @@ from pkt_stages.methods import Method
 from pkt_stages.models.inject import injected
 from pkt_stages.models.load import weights_hash
 from pkt_stages.models.losses import example_losses, home, micro_batches
-from pkt_stages.models.recipe import AlignmentParams
+from pkt_stages.models.recipe import ALIGNMENT, AlignmentParams
 from pkt_stages.models.selection import Selection
 from pkt_stages.params import build
 from pkt_stages.scratch import CHOSEN, checkpoint_name
@@ -218,7 +218,7 @@ def open_trained(folder: Path, step: int | None, *, every_step: bool) -> Trained
         raise UserError(f"{path}: not written by `pkt align` ({type(error).__name__}: {error})") from None
     if wanted not in hashes:
         raise UserError(f"step {wanted} is not one of the {len(hashes)} steps in {folder}")
-    code = methods.load(name, "mapping")
+    code = methods.load(name, ALIGNMENT)
     own = {field.name: settings[field.name] for field in fields(code.Params) if field.name in settings}
     mappings = {}
     for number in sorted(hashes) if every_step else [wanted]:

@@ -104,13 +104,21 @@ def statistics(values: Tensor) -> Tensor:
 def of_models(first: ModelRef, second: ModelRef) -> Parts | None:
     """What the second model has more than the first, weight by weight, float32.
 
-    None if there is no such thing, because their weights have other names or shapes.
+    None if there is no such thing, because their sizes differ.
+
+    Raises:
+        UserError: they are of the same size, but a weight of one is not in the other.
     """
+    sizes = [geometry(load_config(ref)) for ref in (first, second)]
+    if sizes[0] != sizes[1]:
+        return None
     checkpoints = [Checkpoint(ref) for ref in (first, second)]
     names = checkpoints[0].names()
-    sizes = [geometry(load_config(ref)) for ref in (first, second)]
-    if sizes[0] != sizes[1] or names != checkpoints[1].names():
-        return None
+    if odd := sorted(set(names).symmetric_difference(checkpoints[1].names())):
+        have, lack = (first, second) if odd[0] in names else (second, first)
+        raise UserError(
+            f"{lack.location}: no weight {odd[0]}, which {have.location} has; models of one size must have the same"
+        )
     pairs = ((name, [checkpoint.weight(name).float() for checkpoint in checkpoints]) for name in names)
     return ((name, after - before) for name, (before, after) in pairs)
 

@@ -42,6 +42,9 @@ class TrainingParams(EncodingParams):
             raise ValueError(f"seeds must be different numbers, at least one, found {list(self.seeds)}")
 
 
+ALIGNMENT = ("mapping", "source_rows", "place")  # functions of an alignment's file, see methods/laten.py
+
+
 @dataclass(frozen=True)
 class AlignmentParams:
     """How a mapping from source rows to target rows is trained (METHODS section 4)."""

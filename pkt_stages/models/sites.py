@@ -113,8 +113,10 @@ def geometry(config: Any) -> Geometry:
     """
     kind = getattr(config, "model_type", "unknown")
     if kind not in SUPPORTED:
-        reason = _REFUSED.get(kind, "its residual arithmetic was not checked")
-        raise UserError(f"architecture {kind!r} is not supported: {reason}; supported are {', '.join(SUPPORTED)}")
+        raise UserError(
+            f"architecture {kind!r} is not supported: {_REFUSED.get(kind, 'its residual arithmetic was not checked')};"
+            f" supported are {', '.join(SUPPORTED)}"
+        )
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     if num_heads % num_kv_heads:

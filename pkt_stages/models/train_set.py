@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from pkt_stages.encoding import Encoded, Labels, encode
-from pkt_stages.errors import UserError
 from pkt_stages.examples import read_examples
 from pkt_stages.models.batches import padded, padding_mask
 from pkt_stages.models.recipe import TrainingParams
@@ -22,12 +21,9 @@ def read_train(tokenizer: Any, path: Path, params: TrainingParams, labels: Label
     Raises:
         UserError: malformed or too long examples, or fewer than asked for.
     """
-    found = read_examples(path)
-    wanted = params.num_examples
-    if wanted is not None and len(found) < wanted:
-        raise UserError(f"{path}: holds {len(found)} examples, num_examples asks for {wanted}")
+    found = read_examples(path, params.num_examples)
     how: dict[str, Any] = {"template": params.template, "max_length": params.max_length, "labels": labels}
-    return [encode(tokenizer, e, **how) for e in found[:wanted]]
+    return [encode(tokenizer, e, **how) for e in found]
 
 
 def rows(examples: Sequence[Encoded]) -> list[dict[str, list[int]]]:

@@ -15,7 +15,7 @@ from pkt_stages.reporting.reading import Folder
 from pkt_stages.reporting.table import MODELS, Head, Row, table
 
 EVALUATION = ("task", "model", "ids", "runs", "settings", "made")
-ALIGNMENT = ("params", "chosen_step", "steps", "validation_loss_without_delta")
+ALIGNMENT = ("params", "selection", "chosen_step", "steps", "validation_loss_without_delta")
 CONTROLS = GROUPS["control"].section
 
 

@@ -31,11 +31,15 @@ def used(
     compared: Sequence[Compared],
     neurons: Sequence[Neurons],
 ) -> Iterator[Used]:
-    """What the metrics record; an alignment's settings are among those of `pkt inject`. `titles` are the tasks'."""
+    """What the metrics record; an alignment's settings are among those of `pkt inject`, and those of
+    `attribute` are known where its neurons are shown. `titles` are the tasks'."""
     by_source = {method.name for method in profile.methods if GROUPS[method.group].by_source}
     for result in results:
         more = f", from {result.source}" if len(results) > 1 else ""
         labels = {row.slug: row.label + (more if row.slug in by_source else "") for row in result.rows}
+        for slug, by_task in result.alignments.items():
+            for task, metrics in by_task.items():
+                yield "select", labels[slug], titles[task], metrics["selection"]
         for slug, by_task in result.metrics.items():
             for task, metrics in by_task.items():
                 yield "evaluate", labels[slug], titles[task], metrics["settings"]
@@ -44,6 +48,7 @@ def used(
     for one in compared:
         yield "compare", one.both, "", one.metrics["params"]
     for model, found in neurons:
+        yield "attribute", model, "", found["attribution"]
         yield "neurons", model, "", found["params"]
 
 

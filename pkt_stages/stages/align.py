@@ -15,7 +15,7 @@ import typer
 from pkt_stages.encoding import Encoded, EncodingParams, Labels
 from pkt_stages.errors import UserError
 from pkt_stages.methods import Method
-from pkt_stages.models.recipe import AlignmentParams
+from pkt_stages.models.recipe import ALIGNMENT, AlignmentParams
 from pkt_stages.options import (
     SCRATCH,
     Device,
@@ -27,7 +27,7 @@ from pkt_stages.options import (
     Target,
     Task,
     option,
-    with_params,
+    with_method,
 )
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(alignment: Alignment, params: AlignParams, meta: dict[str, Any], kept: S
     }
 
 
-@with_params("align", AlignParams, code="laten", function="mapping")
+@with_method("align", AlignParams, functions=ALIGNMENT, code="laten")
 def align(
     params: AlignParams,
     by: Method,
@@ -135,7 +135,7 @@ def align(
         made = run(alignment, params, meta, kept, log)
     hashes = {step["step"]: step["weights_hash"] for step in made["steps"]}
     kept.publish(out, params.steps, {"chosen_step": made["chosen_step"], "weights_hash": hashes, **meta})
-    artifacts.write_json(metrics, made)
+    artifacts.write_json(metrics, made | {"selection": chosen.meta["params"]})
     kept.remove()
     before, after = made["validation_loss_without_delta"], made["steps"][made["chosen_step"] - 1]["validation_loss"]
     what = f"step {made['chosen_step']} of {params.steps}, held-out loss {before:.4f} -> {after:.4f}"

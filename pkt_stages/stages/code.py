@@ -13,14 +13,15 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
+from pkt_stages.models.recipe import ALIGNMENT
 from pkt_stages.options import Stopwatch
 from pkt_stages.profile import GROUPS, Method, Profile, read_profile
 from pkt_stages.reach import WHOLE, Node, Package
 
 BY_TASK = ("prepare", "evaluate")  # commands that run one task's code; others that run any's depend on all
-# Commands that run the file of pkt_stages/methods, by the command that makes the row; and the function it must have.
+# Commands that run the file of pkt_stages/methods, by the command that makes the row; and the functions it must have.
 BY_METHOD = {"align": ("align", "inject"), "derive": ("derive",)}
-FUNCTIONS = {"align": "mapping", "derive": "derive"}
+FUNCTIONS = {"align": ALIGNMENT, "derive": ("derive",)}
 MARK = "report"  # a file that is always among those written
 
 
@@ -78,7 +79,7 @@ def _method(package: Package, profile: Profile, method: Method) -> list[Node]:
     module = f"{folder}.{method.code}"
     if module not in package.modules(module):
         raise UserError(f"{where}: code {method.code!r}: no such file in {package.name}/methods; found {known}")
-    for part in ("Params", FUNCTIONS[GROUPS[method.group].command]):
+    for part in ("Params", *FUNCTIONS[GROUPS[method.group].command]):
         if part not in package.names(module):
             raise UserError(f"{where}: code {method.code!r}: {package.name}/methods/{method.code}.py has no `{part}`")
     return [Node(module, WHOLE)]

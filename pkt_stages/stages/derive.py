@@ -14,7 +14,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.methods import Method
-from pkt_stages.options import MethodName, Stopwatch, with_params
+from pkt_stages.options import MethodName, Stopwatch, with_method
 
 if TYPE_CHECKING:
     from pkt_stages.models.derivation import Derived, Inputs
@@ -31,7 +31,7 @@ def run(inputs: Inputs, by: Method) -> Derived:
     return derived
 
 
-@with_params("derive", DeriveParams, code="", function="derive")
+@with_method("derive", DeriveParams, functions=("derive",))
 def derive(
     params: DeriveParams,
     by: Method,

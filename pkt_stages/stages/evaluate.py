@@ -116,12 +116,15 @@ def evaluate(
     check_device(device)
     load_config(ref)
     rows = [read_changes(path) for path in delta or []]
+    asked = identity(ref)
+    for row in rows:
+        row.check_target(asked)
     found = run(ref, runs(rows), examples, task, params, batch_size=batch_size, device=device, scratch=scratch)
     if predictions is not None:
         write_jsonl(predictions, [{"run": label} | row for label, made in found.items() for row in made.predictions])
     made = [row.made() for row in rows]
     result = metrics(list(found.items()))
-    result |= {"model": identity(ref), "made": made[0] if len(made) == 1 else made or None}
+    result |= {"model": asked, "made": made[0] if len(made) == 1 else made or None}
     artifacts.write_json(out, result)
     shown = f"{task} {result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']} on {result['n']} examples"
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)

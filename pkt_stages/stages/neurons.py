@@ -80,7 +80,8 @@ def neurons(
     if found.meta["model"] != identity(ref):
         raise UserError(f"{attribution}: made from {found.meta['model']['name']}, {model} is another model")
     table = run(found, load_tokenizer(ref), params)
-    artifacts.write_json(out, {"model": found.meta["model"], "examples": table, "params": asdict(params)})
+    about = {"model": found.meta["model"], "params": asdict(params), "attribution": found.meta["params"]}
+    artifacts.write_json(out, about | {"examples": table})
     for example in table:
         typer.echo(f"{example['id']}, predicting {example['predicted']!r}:")
         for row in example["neurons"]:

@@ -54,7 +54,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
     models |= {name: found for name, found in adopted.items() if name not in taken}
     compared = analysis.compared(analysed, profile, names, titles)
     neurons = [
-        (model, analysed.read("neurons", model, task, keys=("params", "examples")))
+        (model, analysed.read("neurons", model, task, keys=("params", "attribution", "examples")))
         for task in profile.analysed["task"]
         for model in profile.models
     ]

@@ -176,7 +176,7 @@ class Estimator:
             return Need()
         sizes, _ = self._model(options["--target"])
         file, given = self._read(options, "derive")
-        module = methods.load(str(given.pop("code", "")), "derive")
+        module = methods.load(str(given.pop("code", "")), ("derive",))
         rank = getattr(build(module.Params, given, f"{file}: {options['--method']}"), "rank", None)
         return Need(disk=self._adapter(sizes, rank) if rank else self._rows(sizes))
 

@@ -252,7 +252,7 @@ def test_a_file_that_is_no_delta(row: Path, tmp_path: Path) -> None:
     artifacts.save(other, artifacts.CKA, {"cka.ffn_up": torch.zeros(1, 1, dtype=torch.float64)}, {})
     with pytest.raises(UserError) as refused:
         read_changes(other)
-    assert str(refused.value) == f"{other}: expected a delta artifact (made by `pkt inject`), found cka"
+    assert str(refused.value) == f"{other}: expected an artifact of a kind among delta, dense_delta; found kind 'cka'"
     for text in (b"", b"no safetensors at all"):
         other.write_bytes(text)
         with pytest.raises(UserError, match="not a readable safetensors file"):

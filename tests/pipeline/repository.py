@@ -15,6 +15,7 @@ import yaml
 
 from pkt_stages.examples import write_jsonl
 from tests.conftest import make_model
+from tests.profiles import rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,20 +60,6 @@ def shrink(params: dict[str, Any]) -> None:
     params["select"] = {"max_rate": 0.25}
     params["align"] |= {"batch_size": 4, "validation_size": 3, "lr": 1e-3, "max_length": 256}
     rows(params)
-
-
-def rows(params: dict[str, Any], **made_by: dict[str, Any]) -> None:
-    """These rows and no others, by group; the unions that the graph takes from `made_by` follow."""
-    groups = {group: made_by.get(group, {}) for group in params["made_by"]}
-    without = ("grid", "finetune")
-    by_source = {name: entry for group, part in groups.items() if group not in without for name, entry in part.items()}
-    methods = by_source | groups["grid"] | groups["finetune"]
-    params |= {"made_by": groups, "by_source": by_source, "methods": methods}
-
-
-def add_row(params: dict[str, Any], group: str, name: str, entry: dict[str, Any]) -> None:
-    """One row more."""
-    rows(params, **(params["made_by"] | {group: params["made_by"][group] | {name: entry}}))
 
 
 LATEN = {"laten": {"init_std": 0.02}}

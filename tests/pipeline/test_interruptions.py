@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.pipeline.repository import LATEN, dvc, make_repository, ran, rows, run, shrink
+from tests.pipeline.repository import LATEN, dvc, make_repository, ran, run, shrink
+from tests.profiles import rows
 from tests.soak.interruptions import Fault, Write, contents, disturbed, leftovers, one_line, repro, undisturbed
 
 Run = Callable[..., tuple[int, str, str]]
@@ -90,6 +92,7 @@ def test_a_damaged_cache_is_not_used_and_made_anew(
     folder, _ = calm
     before = contents(folder)
     recorded = json.loads(dvc(folder, "ls", ".", ROWS, "--dvc-only", "--json", "--show-hash"))[0]["md5"]
+    (out,) = yaml.safe_load((folder / "dvc.lock").read_text())["stages"][SELECT]["outs"]
     broken = folder / ".dvc/cache/files/md5" / recorded[:2] / recorded[2:]
     monkeypatch.chdir(folder)
     assert "are what their names say" in pkt("doctor", "--cache")[1]
@@ -99,7 +102,9 @@ def test_a_damaged_cache_is_not_used_and_made_anew(
     assert contents(folder) != before, "DVC has become careful: are our own checks still needed?"
     refused = repro(folder, tmp_path, "--single-item", "--force", ALIGN)
     assert refused.returncode != 0
-    assert one_line(refused.stderr).startswith(f"pkt: error: {ROWS}: not what its stage has made (MD5 {recorded} in")
+    assert one_line(refused.stderr).startswith(
+        f"pkt: error: {SELECTED}: not what its stage has made (MD5 {out['md5']} in"
+    )
     status, printed, err = pkt("doctor", "--cache")
     assert (status, err.splitlines()[-1]) == (2, "pkt: error: DVC cache content: see above")
     advice = printed.splitlines()[-1].strip()

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from tests.pipeline.repository import LATEN as LATEN_ENTRY
-from tests.pipeline.repository import add_row, change, dvc, make_repository, ran, rows, run, shrink
+from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
+from tests.profiles import add_row, rows
 
 OF = "source-chat-gsm8k"
 UPSTREAM = {"code", "prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{OF}"}

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pkt_stages.profile import Profile, read_profile
+from tests.profiles import rows
 
 TASKS = {"gsm8k": "GSM8K"}
 
@@ -15,19 +16,22 @@ TASKS = {"gsm8k": "GSM8K"}
 def params(**changes: Any) -> dict[str, Any]:
     """One task, one source, no method."""
     nothing: dict[str, Any] = {key: [] for key in ("task", "methods", "seeking", "target_methods")}
-    return {
+    found: dict[str, Any] = {
         "profile": "p",
         "source": ["s"],
         "target": "t",
         "models": ["s", "t"],
         "task": {"gsm8k": {}},
-        "made_by": {},
+        "no_change": {},
+        "seek_source": ["s"],
         "every_step": [],
         "adopted": [],
         "pairs": {},
         "analysed": nothing | changes.pop("analysed", {}),
         **changes,
     }
+    rows(found, **found.get("made_by", {}))
+    return found
 
 
 def profile(folder: Path, **changes: Any) -> Profile:

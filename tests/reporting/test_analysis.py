@@ -23,7 +23,6 @@ ANALYSED = {
     "target_methods": ["postpkt_pissa"],
 }
 LISTED: dict[str, Any] = {
-    "models": ["t"],
     "made_by": {
         "align": {"laten": {}},
         "finetune_seeking": {"postpkt_seeking": {}},
@@ -128,7 +127,13 @@ def test_what_is_not_listed_has_no_section(folder: Path, tmp_path: Path) -> None
 def test_with_two_sources_the_source_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "compare/laten/s").rename(folder / "compare/laten/s2")
     write_json(folder / "compare/laten/s/gsm8k.json", comparison(2, 2, same=True))
+    sources = ["s", "s2"]
     both = write_profile(
-        tmp_path, source=["s", "s2"], made_by=LISTED["made_by"], analysed={"task": ["gsm8k"], "methods": ["laten"]}
+        tmp_path,
+        source=sources,
+        seek_source=sources,
+        models=[*sources, "t"],
+        made_by=LISTED["made_by"],
+        analysed={"task": ["gsm8k"], "methods": ["laten"]},
     )
     assert [one.change for one in read(Folder(folder), both)] == ["LaTen, GSM8K, from s", "LaTen, GSM8K, from s2"]

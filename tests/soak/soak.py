@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import make_model
-from tests.pipeline.repository import LATEN, make_repository, rows, run, shrink
+from tests.pipeline.repository import LATEN, make_repository, run, shrink
+from tests.profiles import rows
 from tests.soak.interruptions import Act, Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pkt_stages.errors import UserError
 from pkt_stages.profile import GROUPS, read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
+from tests.profiles import add_row, write_params
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "pkt_stages"
@@ -148,41 +148,35 @@ def test_every_path_of_the_graph_is_written(copy: Path) -> None:
 
 def test_a_row_whose_code_is_another_s_has_its_hash(copy: Path, tmp_path: Path) -> None:
     def add(params: dict[str, Any]) -> None:
-        params["made_by"]["align"] |= {"one": {"init_std": 1}, "two": {"code": "laten"}}
+        add_row(params, "align", "one", {"init_std": 1})
+        add_row(params, "align", "two", {"code": "laten"})
 
-    found = hashes(copy, changed(tmp_path, add))
+    found = hashes(copy, write_params(tmp_path, add))
     assert found["align/one"] == found["align/two"] == found["align/laten"]
     assert found["inject/one"] == found["inject/laten"] != found["align/laten"]
-
-
-def changed(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    edit(params)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    return folder / "params.yaml"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (
-            lambda p: p["made_by"]["control"].update(control_new={"code": "new"}),
+            lambda p: add_row(p, "control", "control_new", {"code": "new"}),
             "made_by.control.control_new: code 'new': no such file in pkt_stages/methods; found ",
         ),
         (
-            lambda p: p["made_by"]["unaligned"].update(new={}),
+            lambda p: add_row(p, "unaligned", "new", {}),
             "made_by.unaligned.new: names no `code`, a file of pkt_stages/methods; found ",
         ),
         (
-            lambda p: p["made_by"]["align"].update(new={"code": "seeking"}),
+            lambda p: add_row(p, "align", "new", {"code": "seeking"}),
             "made_by.align.new: code 'seeking': pkt_stages/methods/seeking.py has no `mapping`",
         ),
         (
-            lambda p: p["made_by"]["unaligned"].update(new={"code": "laten"}),
+            lambda p: add_row(p, "unaligned", "new", {"code": "laten"}),
             "made_by.unaligned.new: code 'laten': pkt_stages/methods/laten.py has no `derive`",
         ),
         (
-            lambda p: p["task"].update(new={}),
+            lambda p: p["task"].update(new=p["no_change"]),
             "task 'new': no such folder in pkt_stages/tasks; found gsm8k, humaneval, ",
         ),
         (
@@ -193,7 +187,7 @@ def changed(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     ],
 )
 def test_wrong_params_are_one_line(tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
-    params = changed(tmp_path, edit)
+    params = write_params(tmp_path, edit)
     with pytest.raises(UserError) as error:
         hashes(ROOT / PACKAGE, params)
     assert str(error.value).startswith(f"{params}: {message}")
@@ -214,7 +208,7 @@ def test_the_command_writes_a_line_per_file_and_leaves_nothing_old(
     pkt: PKT, tmp_path: Path, before: Mapping[str, str]
 ) -> None:
     out = tmp_path / "code"
-    params = changed(tmp_path, lambda p: p["made_by"]["align"].update(more={}))
+    params = write_params(tmp_path, lambda p: add_row(p, "align", "more", {}))
     assert pkt("code", "--params", params, "--out", out)[0] == 0
     assert (out / "align/more").is_file()
     status, text, _ = pkt("code", "--params", ROOT / "params.yaml", "--out", out)
@@ -334,7 +328,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied(folder)
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
-    changed(folder, shrink)
+    write_params(folder, shrink)
     for name in ("source-chat", "target-chat", "texts", *TASKS):
         (folder / "data/tiny" / name).mkdir(parents=True)
         (folder / "data/tiny" / name / "file").write_text(name)

@@ -67,7 +67,7 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, tmp_path:
         (models, f"options of `derive`: no code; name a file of pkt_stages/methods: {', '.join(methods.names())}"),
         (
             ("--code", "laten", *models),
-            "code 'laten': pkt_stages/methods/laten.py has no `derive`, so it is for another command",
+            "code 'laten': pkt_stages/methods/laten.py has no `derive`; it is for another command, or not whole",
         ),
         (
             ("--params", params, "--method", "other", *models),

@@ -12,6 +12,7 @@ from pkt_stages.examples import write_jsonl
 from pkt_stages.models.adapters import Adapter, save_adapter
 from pkt_stages.models.changes import Change, DenseDelta, write_changes
 from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.load import identity, resolve
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -45,13 +46,12 @@ def test_metrics_and_predictions(pkt: Run, target_folder: Path, test_set: Path, 
     assert again.read_bytes() == out.read_bytes()
 
 
-META = {
-    "command": "inject",
-    "method": "laten",
-    "target": {"name": "target", "revision": "sha256:1"},
-    "source": None,
-    "params": {"inject": {"dtype": "auto"}},
-}
+@pytest.fixture
+def meta(target_folder: Path) -> dict[str, Any]:
+    """Of a row for the target."""
+    target = identity(resolve(str(target_folder)))
+    params = {"inject": {"dtype": "auto"}}
+    return {"command": "inject", "method": "laten", "target": target, "source": None, "params": params}
 
 
 def sparse(size: float) -> dict[str, SparseDelta]:
@@ -71,13 +71,15 @@ def texts(path: Path) -> dict[str, list[str]]:
     return made
 
 
-def test_the_changes_of_a_row_are_runs(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+def test_the_changes_of_a_row_are_runs(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path, meta: dict[str, Any]
+) -> None:
     row, alone = tmp_path / "row", tmp_path / "alone"
     whole = torch.zeros(64, 96)
     whole[:, [1, 2]] = 5.0
     same = DenseDelta({"model.layers.0.mlp.down_proj.weight": whole})
     changes: dict[str, Change] = {"x10": sparse(5.0), "x2": sparse(0.5), "same": same, "seed_0": adapter(0)}
-    write_changes(row, changes, META, {"x2": {"rounding_loss": 0.25}})
+    write_changes(row, changes, meta, {"x2": {"rounding_loss": 0.25}})
     out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
     status, printed, err = pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", row)
     assert status == 0, err
@@ -85,14 +87,14 @@ def test_the_changes_of_a_row_are_runs(pkt: Run, target_folder: Path, test_set: 
     metrics = json.loads(out.read_text())
     assert [run["label"] for run in metrics["runs"]] == list(changes)
     facts = {"x10": {}, "x2": {"rounding_loss": 0.25}, "same": {}, "seed_0": {}}
-    assert metrics["made"] == {**META, "facts": facts}
+    assert metrics["made"] == {**meta, "facts": facts}
     assert str(tmp_path) not in out.read_text()
     found = texts(predictions)
     assert list(found) == list(changes)
     assert found["x2"] != found["x10"] != found["seed_0"]
     # Equal deltas give equal answers, whatever was merged before and however they are stored.
     assert found["x10"] == found["same"]
-    write_changes(alone, {"alone": sparse(5.0)}, META)
+    write_changes(alone, {"alone": sparse(5.0)}, meta)
     pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, "--delta", alone)
     assert texts(predictions) == {"alone": found["x10"]}
     pkt(*arguments(target_folder, test_set, out), "--predictions", predictions)
@@ -100,9 +102,11 @@ def test_the_changes_of_a_row_are_runs(pkt: Run, target_folder: Path, test_set: 
     assert json.loads(out.read_text())["made"] is None
 
 
-def test_several_rows_and_bare_changes(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+def test_several_rows_and_bare_changes(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path, meta: dict[str, Any]
+) -> None:
     row = tmp_path / "row"
-    write_changes(row, {"step_09/x": sparse(0.5), "step_10/x": sparse(5.0)}, META)
+    write_changes(row, {"step_09/x": sparse(0.5), "step_10/x": sparse(5.0)}, meta)
     save_adapter(tmp_path / "mine", adapter(1), "target")
     out = tmp_path / "m.json"
     given = ("--delta", row, "--delta", tmp_path / "mine", "--delta", row / "delta_0.safetensors")
@@ -111,17 +115,32 @@ def test_several_rows_and_bare_changes(pkt: Run, target_folder: Path, test_set: 
     metrics = json.loads(out.read_text())
     assert [run["label"] for run in metrics["runs"]] == ["step_09/x", "step_10/x", "mine", "delta_0"]
     facts = [{"step_09/x": {}, "step_10/x": {}}, {"mine": {}}, {"delta_0": {}}]
-    assert metrics["made"] == [{**META, "facts": facts[0]}, {"facts": facts[1]}, {**META, "facts": facts[2]}]
+    assert metrics["made"] == [{**meta, "facts": facts[0]}, {"facts": facts[1]}, {**meta, "facts": facts[2]}]
 
 
-def test_two_changes_with_one_label(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+def test_two_changes_with_one_label(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path, meta: dict[str, Any]
+) -> None:
     for name in "ab":
-        write_changes(tmp_path / name, {"same": sparse(1.0)}, META)
+        write_changes(tmp_path / name, {"same": sparse(1.0)}, meta)
     one, two = (tmp_path / name / "delta_0.safetensors" for name in "ab")
     out = tmp_path / "m.json"
     given = ("--delta", tmp_path / "a", "--delta", tmp_path / "b")
     status, _, err = pkt(*arguments(target_folder, test_set, out), *given)
     assert (status, err) == (2, f"pkt: error: {two}: called 'same' as {one}; evaluate them one by one\n")
+
+
+def test_a_row_of_another_target(
+    pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path, meta: dict[str, Any]
+) -> None:
+    row, other = tmp_path / "row", {"name": "other", "revision": "sha256:1"}
+    write_changes(row, {"same": sparse(1.0)}, meta | {"target": other})
+    status, _, err = pkt(*arguments(target_folder, test_set, tmp_path / "m.json"), "--delta", row)
+    assert status == 2
+    assert err.startswith(
+        f"pkt: error: {row}: made for the target other at sha256:1, found {meta['target']['name']} at"
+    )
+    assert not (tmp_path / "m.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ MADE_BY = {
     "finetune": {"postpkt_random": {}},
 }
 STEPS = [{"validation_loss": 1.5}, {"validation_loss": 1.25}]
-ALIGNMENT = {"chosen_step": 2, "validation_loss_without_delta": 2.0, "steps": STEPS, "params": {"steps": 2}}
+ALIGNMENT = {"chosen_step": 2, "validation_loss_without_delta": 2.0, "steps": STEPS}
+ALIGNMENT |= {"params": {"steps": 2}, "selection": {"max_rate": 0.1}}
 
 
 def laten(given: str) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def test_the_page_says_what_was_in_force_and_shows_the_params_file(pkt: Run, inp
     assert report(pkt, inputs)[0] == 0
     said = (inputs / "r.html").read_text().split("<h2>Settings in force</h2>")[1]
     assert re.findall(r"<h3>(.*?)</h3>(?:\s*<p>(.*?)</p>)?", said) == [
+        ("pkt select", "max_rate 0.1."),
         ("pkt evaluate", "backend hf, template chat."),
         ("pkt inject", "given selected, inject.dtype auto, steps 2."),
         ("pkt derive", "code grid, layers top."),

@@ -181,12 +181,17 @@ def test_a_change_of_a_row_says_what_made_it(pkt: Run, row: Path) -> None:
 LOCK = """\
 schema: '2.0'
 stages:
+  code:
+    cmd: pkt code --params params.yaml --out made/code
+    outs:
+    - path: made/code
+      md5: abc.dir
   finetune@mine:
     cmd: pkt finetune --out made/mine
     deps:
     - path: data/model
       md5: abc.dir
-    - path: pkt_stages/stages/finetune.py
+    - path: made/code/finetune
       md5: def
     params:
       params.yaml:
