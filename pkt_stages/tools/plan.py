@@ -124,7 +124,8 @@ class Estimator:
         """The params file, and what it says of a command's settings; read once, as it is large."""
         key = (self._root / options["--params"], command, options.get("--task"), options.get("--method"))
         if key not in self._given:
-            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3])
+            bare = command == "derive"  # has no settings of its own, so no section
+            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3], optional=bare)
         return key[0], dict(self._given[key])
 
     def _prepared(self, options: Mapping[str, str]) -> PrepareParams:

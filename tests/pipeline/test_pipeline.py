@@ -57,32 +57,48 @@ def first(tmp_path_factory: pytest.TempPathFactory, remote: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def second(first: Path) -> Path:
-    """A colleague's clone, without the source model."""
+def second(first: Path) -> tuple[Path, set[str]]:
+    """A colleague's clone, without the source model, after LaTen's row was made; and the stages that ran."""
     folder = first.parent / "second"
     run(first.parent, "git", "clone", "-q", str(first), str(folder))
     shutil.rmtree(folder / "data/tiny/source-chat")
-    return folder
+    return folder, ran(dvc(folder, "repro", "--pull", "--allow-missing", f"evaluate@laten-{OF}"))
 
 
-def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: Path) -> None:
-    output = dvc(second, "repro", "--pull", "--allow-missing", f"evaluate@laten-{OF}")
-    assert ran(output) == LATEN
-    metrics = json.loads((second / "results/tiny/evaluate/laten/source-chat/gsm8k.json").read_text())
+@pytest.fixture(scope="module")
+def whole(first: Path) -> tuple[Path, set[str]]:
+    """The first repository after the rest was made, and the stages that ran."""
+    folder = Path(shutil.copytree(first, first.parent / "whole"))
+    return folder, ran(dvc(folder, "repro"))
+
+
+@pytest.fixture
+def copy(whole: tuple[Path, set[str]], tmp_path: Path) -> Path:
+    """A copy of the whole, for one test to change."""
+    return Path(shutil.copytree(whole[0], tmp_path / "copy"))
+
+
+def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: tuple[Path, set[str]]) -> None:
+    folder, stages = second
+    assert stages == LATEN
+    metrics = json.loads((folder / "results/tiny/evaluate/laten/source-chat/gsm8k.json").read_text())
     assert len(metrics["runs"]) == 2
     assert len(metrics["ids"]) == 5
 
 
-def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
-    assert ran(dvc(first, "repro")) == LATEN | OTHERS | BASELINES | ANALYSIS | {"report"}
+def test_the_rest_runs_once_and_then_nothing(whole: tuple[Path, set[str]], second: tuple[Path, set[str]]) -> None:
+    first, stages = whole
+    assert stages == LATEN | OTHERS | BASELINES | ANALYSIS | {"report"}
     assert ran(dvc(first, "repro")) == set()
     assert stale(first) == set()
     table = (first / "results/tiny/report.md").read_text()
     assert "source: source-chat" in table and "LaTen" in table
     # Two members, two folders, equal bytes.
     for path in ("artifacts/tiny/transfer/laten/source-chat/gsm8k", "results/tiny/analysis/align"):
-        mine = {p.relative_to(first): p.read_bytes() for p in (first / path).rglob("*") if p.is_file()}
-        theirs = {p.relative_to(second): p.read_bytes() for p in (second / path).rglob("*") if p.is_file()}
+        mine, theirs = (
+            {p.relative_to(folder): p.read_bytes() for p in (folder / path).rglob("*") if p.is_file()}
+            for folder in (first, second[0])
+        )
         assert mine == theirs
         assert mine
 
@@ -101,25 +117,17 @@ def test_the_rest_runs_once_and_then_nothing(first: Path, second: Path) -> None:
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_what_follows(
-    first: Path, edit: Callable[[dict[str, Any]], None], expected: set[str]
+    copy: Path, edit: Callable[[dict[str, Any]], None], expected: set[str]
 ) -> None:
-    before = (first / "params.yaml").read_text()
-    try:
-        change(first, edit)
-        # The report prints all params, so it is always among them.
-        assert stale(first) == expected | {"report"}
-    finally:
-        (first / "params.yaml").write_text(before)
+    change(copy, edit)
+    # The report prints all params, so it is always among them.
+    assert stale(copy) == expected | {"report"}
 
 
-def test_a_methods_setting_reruns_its_own_rows(first: Path) -> None:
-    before = (first / "params.yaml").read_text()
-    try:
-        entry = {"code": "random_delta", "seed": 1}
-        change(first, lambda p: add_row(p, "control", "control_random_delta", entry))
-        assert stale(first) == {"code", "report", f"control@control_random_delta-{OF}"}
-    finally:
-        (first / "params.yaml").write_text(before)
+def test_a_methods_setting_reruns_its_own_rows(copy: Path) -> None:
+    entry = {"code": "random_delta", "seed": 1}
+    change(copy, lambda p: add_row(p, "control", "control_random_delta", entry))
+    assert stale(copy) == {"code", "report", f"control@control_random_delta-{OF}"}
 
 
 @pytest.mark.parametrize(
@@ -134,50 +142,39 @@ def test_a_methods_setting_reruns_its_own_rows(first: Path) -> None:
     ],
 )
 def test_a_change_of_code_reruns_what_it_can_change(
-    first: Path, module: str, old: str, new: str, expected: set[str]
+    copy: Path, module: str, old: str, new: str, expected: set[str]
 ) -> None:
-    path = first / "pkt_stages" / module
+    path = copy / "pkt_stages" / module
     before = path.read_text()
     assert old in before
-    try:
-        path.write_text(before.replace(old, new))
-        assert stale(first) == {"code"}
-        assert ran(dvc(first, "repro", "code")) == {"code"}
-        assert stale(first) == expected
-    finally:
-        path.write_text(before)
-        dvc(first, "repro", "-q", "code")
-    assert stale(first) == set()
+    path.write_text(before.replace(old, new))
+    assert stale(copy) == {"code"}
+    assert ran(dvc(copy, "repro", "code")) == {"code"}
+    assert stale(copy) == expected
 
 
-def test_a_removed_method_leaves_the_table(first: Path) -> None:
-    before = (first / "params.yaml").read_text()
-    try:
-        change(first, lambda p: rows(p, **(p["made_by"] | {"finetune": {}})))
-        shutil.rmtree(first / "results/tiny/evaluate/postpkt_random")
-        assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
-        assert ran(dvc(first, "repro")) == {"code", "report"}
-        assert "LoRA, random init" not in (first / "results/tiny/report.md").read_text()
-    finally:
-        (first / "params.yaml").write_text(before)
+def test_a_removed_method_leaves_the_table(copy: Path) -> None:
+    before = (copy / "params.yaml").read_text()
+    change(copy, lambda p: rows(p, **(p["made_by"] | {"finetune": {}})))
+    shutil.rmtree(copy / "results/tiny/evaluate/postpkt_random")
+    assert "LoRA, random init" in (copy / "results/tiny/report.md").read_text()
+    assert ran(dvc(copy, "repro")) == {"code", "report"}
+    assert "LoRA, random init" not in (copy / "results/tiny/report.md").read_text()
     # Listed again, it comes back from the cache.
-    assert ran(dvc(first, "repro")) <= {"code", "report"}
-    assert "LoRA, random init" in (first / "results/tiny/report.md").read_text()
+    (copy / "params.yaml").write_text(before)
+    assert ran(dvc(copy, "repro")) <= {"code", "report"}
+    assert "LoRA, random init" in (copy / "results/tiny/report.md").read_text()
 
 
-def test_a_new_task_reruns_nothing_that_exists(first: Path) -> None:
-    before = (first / "params.yaml").read_text()
-    try:
-        change(first, lambda p: p["task"].update(mbpp=p["task"]["gsm8k"]))
-        assert {name for name in stale(first) if name.endswith("gsm8k")} == set()
-    finally:
-        (first / "params.yaml").write_text(before)
+def test_a_new_task_reruns_nothing_that_exists(copy: Path) -> None:
+    change(copy, lambda p: p["task"].update(mbpp=p["task"]["gsm8k"]))
+    assert {name for name in stale(copy) if name.endswith("gsm8k")} == set()
 
 
 @pytest.fixture(scope="module")
-def third(first: Path) -> Path:
-    """A clone without the source model after everything was made and pushed, of this profile and of a second one."""
-    dvc(first, "repro", "-q")
+def published(whole: tuple[Path, set[str]]) -> Path:
+    """A repository in which everything was made, pushed and committed, of this profile and of a second one."""
+    first = Path(shutil.copytree(whole[0], whole[0].parent / "published"))
     other = first / "profiles/other"
     other.mkdir(parents=True)
     shutil.copy(first / "dvc.yaml", other)
@@ -189,8 +186,14 @@ def third(first: Path) -> Path:
     dvc(first, "push", "-q")
     run(first, "git", "add", "-A")
     run(first, "git", "commit", "-q", "-m", "all results, and a second profile")
-    folder = first.parent / "third"
-    run(first.parent, "git", "clone", "-q", str(first), str(folder))
+    return first
+
+
+@pytest.fixture
+def third(published: Path, tmp_path: Path) -> Path:
+    """A clone of it, without the source model."""
+    folder = tmp_path / "third"
+    run(tmp_path, "git", "clone", "-q", str(published), str(folder))
     shutil.rmtree(folder / "data/tiny/source-chat")
     return folder
 
@@ -205,29 +208,26 @@ def third(first: Path) -> Path:
     ids=["the report", "the deltas of a task", "another profile's stage"],
 )
 def test_a_part_is_fetched_alone(third: Path, target: str, expected: set[str]) -> None:
-    shutil.rmtree(third / "artifacts", ignore_errors=True)
     dvc(third, "pull", "-q", target)
     found = {file.parent.relative_to(third / "artifacts") for file in (third / "artifacts").rglob("*.*")}
     assert {str(folder) for folder in found if folder.name != "figures"} == expected
 
 
-def test_a_profile_is_fetched_alone(first: Path, third: Path) -> None:
-    shutil.rmtree(third / "artifacts", ignore_errors=True)
+def test_a_profile_is_fetched_alone(published: Path, third: Path) -> None:
     dvc(third, "pull", "-q", "dvc.yaml")
     mine, theirs = (
         {str(path.relative_to(folder / "artifacts")) for path in (folder / "artifacts").rglob("*.*")}
-        for folder in (third, first)
+        for folder in (third, published)
     )
     assert mine == {path for path in theirs if path.startswith("tiny/")} < theirs
 
 
-def test_a_colleague_adds_a_method_and_gets_a_whole_report(third: Path) -> None:
-    shutil.rmtree(third / "artifacts", ignore_errors=True)
+def test_a_colleague_adds_a_method_and_gets_a_whole_report(published: Path, third: Path) -> None:
     assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == set()
     change(third, lambda p: add_row(p, "finetune", "postpkt_pissa", {"init": "pissa"}))
     added = {f"{stage}@postpkt_pissa-gsm8k" for stage in ("finetune", "evaluate_target")}
     assert ran(dvc(third, "repro", "--pull", "--allow-missing", "dvc.yaml")) == added | {"code", "report"}
-    mine, theirs = ((folder / "results/tiny/report.json").read_text() for folder in (third, third.parent / "first"))
+    mine, theirs = ((folder / "results/tiny/report.json").read_text() for folder in (third, published))
     assert "postpkt_pissa" in mine and "postpkt_pissa" not in theirs
     table = (third / "results/tiny/report.md").read_text()
     assert all(row in table for row in ("LaTen", "LoRA, random init", "source: source-chat"))
