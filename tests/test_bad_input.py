@@ -22,6 +22,7 @@ TABLE = [
     ("no data", "prepare --task gsm8k --data {nowhere} --out {tmp}/o", "{nowhere}/train.jsonl: no such file of examples"),
     ("wrong schema", "prepare --task mmlu --data {data} --out {tmp}/o", "row mmlu_train_1: not in the mmlu schema (KeyError: 'choices')"),
     ("no model", "attribute --model {nowhere} --extract {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
+    ("second file", "attribute --model {target} --examples {examples} --examples {data} --out {tmp}/o", "--extract {data}: a second file; give the examples that deltas are for as --transfer"),
     ("folder without config", "attribute --model {data} --extract {examples} --out {tmp}/o", "{data}: a folder without config.json; expected a Hugging Face model folder"),
     ("architecture", "attribute --model {gemma} --extract {examples} --out {tmp}/o", "architecture 'gemma2' is not supported: it normalises each block's output before adding it to the residual stream; supported are llama, mistral, qwen2, qwen3"),
     ("device", "attribute --model {target} --extract {examples} --out {tmp}/o --device tpu9", "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),

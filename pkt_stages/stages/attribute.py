@@ -94,7 +94,12 @@ def run(
 def attribute(
     params: AttributeParams,
     model: Model,
-    extract: Annotated[Path, typer.Option(help="Examples to locate neurons with, in the messages format (.jsonl).")],
+    extract: Annotated[
+        list[Path],
+        typer.Option(
+            "--extract", "--examples", help="Examples to locate neurons with, in the messages format (.jsonl)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write the attribution (.safetensors).")],
     transfer: Annotated[Path | None, typer.Option(help="Examples that the final deltas are for.")] = None,
     device: Device = "cpu",
@@ -113,7 +118,11 @@ def attribute(
         device = group.device(device)
         check_device(device)
         config, tokenizer, named = load_config(ref), load_tokenizer(ref), identity(ref)
-        files = {"extract": extract} | ({"transfer": transfer} if transfer is not None else {})
+        if len(extract) > 1:  # as scripts may have it, from when a set was called by its file's name
+            raise UserError(
+                f"--extract {extract[1]}: a second file; give the examples that deltas are for as --transfer"
+            )
+        files = {"extract": extract[0]} | ({"transfer": transfer} if transfer is not None else {})
         sets = [(name, example) for name, path in files.items() for example in read_examples(path)]
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
