@@ -21,6 +21,8 @@ class Part(StrEnum):
     TOKENIZER = "tokenizer"
     SOURCE = "source"
     TARGET = "target"
+    SIBLING = "sibling"
+    TRAINED_APART = "trained-apart"
     SCORES = "scores"
 
 
@@ -31,7 +33,7 @@ def build(
     only: Annotated[Part | None, typer.Option(help="Build this part alone.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of data, initial weights and data order.")] = SEED,
 ) -> None:
-    """Build data, tokenizer, source, target and scores; an interrupted training goes on from its checkpoint."""
+    """Build data, tokenizer, models and scores; an interrupted training goes on from its checkpoint."""
     from tiny import build as steps  # torch and transformers take seconds to import
     from tiny.corpus import Corpus
 

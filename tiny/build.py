@@ -1,4 +1,4 @@
-"""The four steps of the build: data, tokenizer, source, target; each writes below `out` and can run alone."""
+"""The steps of the build: data, tokenizer, each model, scores; each writes below `out` and can run alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from tiny.settings import MODELS, ModelSettings
 from tiny.tokenizer import save_tokenizer, train_tokenizer
 from tiny.training import Trainer
 
-MODEL_FOLDERS = tuple(f"{name}-{phase}" for name in MODELS for phase in ("base", "chat"))
+MODEL_FOLDERS = tuple(
+    f"{name}-{phase}"
+    for name, settings in MODELS.items()
+    for phase in ("base", "early", "chat")
+    if (phase != "base" or not settings.starts_from) and (phase != "early" or settings.early_steps)
+)
 
 
 def build_data(out: Path, corpus: Corpus) -> None:
@@ -39,13 +44,17 @@ def build_model(out: Path, scratch: Path, corpus: Corpus, name: str) -> None:
     """Train one model on one thread, from its checkpoint in `scratch` if there is one; write base, chat and log.
 
     Raises:
-        UserError: if the tokenizer has not been built.
+        UserError: if the tokenizer, or the base model that it starts from, has not been built.
     """
     settings = MODELS[name]
-    tokenizer = _read_tokenizer(out / f"{name}-base")
+    tokenizer = _read_tokenizer(out / f"{name}-chat")
     torch.set_num_threads(1)  # one thread's order of summation: the same bytes on any number of cores
-    trainer = Trainer(settings, corpus, tokenizer, scratch / f"{name}-{corpus.seed}.pt")
-    _train(trainer, settings, "base", settings.base_steps, out)
+    base = _read_base(out / f"{settings.starts_from}-base") if settings.starts_from else None
+    trainer = Trainer(settings, corpus, tokenizer, scratch / f"{name}-{corpus.seed}.pt", base)
+    if base is None:
+        _train(trainer, settings, "base", settings.base_steps, out)
+    if settings.early_steps:
+        _train(trainer, settings, "early", settings.early_steps, out)
     _train(trainer, settings, "chat", settings.total_steps, out)
     log = out / "training_log.jsonl"
     others = [row for _, row in read_jsonl(log) if row["model"] != name] if log.exists() else []
@@ -53,7 +62,7 @@ def build_model(out: Path, scratch: Path, corpus: Corpus, name: str) -> None:
 
 
 def build_scores(out: Path, corpus: Corpus) -> None:
-    """Score the two chat models on the test sets by level and write `scores.json`."""
+    """Score the chat models on the test sets by level and write `scores.json`."""
     scores = {}
     for folder in (f"{name}-chat" for name in MODELS):
         model = LlamaForCausalLM.from_pretrained(str(out / folder))
@@ -87,3 +96,10 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
+
+
+def _read_base(folder: Path) -> LlamaForCausalLM:
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder}: no model there; build it first: python -m tiny --only {folder.name[:-5]}")
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(str(folder))
+    return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SEED = 7
 POOL_ROWS = {"mmlu": 1200, "gsm8k": 1200, "humaneval": 1200, "mbpp": 500}
@@ -45,7 +45,9 @@ class ModelSettings:
 
     Raw text in the mixture `raw` makes the base model in `base_steps` steps; the chat format, with shares of the
     families in `chat_families`, goes on from it to `total_steps`. The learning rate warms up, holds to step
-    `hold_steps`, and falls linearly to zero at the last step.
+    `hold_steps`, and falls linearly to zero at the last step. With `starts_from` another model's base takes the place
+    of its own, and at `early_steps` the unfinished chat model is written as well. The documents depend on the name;
+    models of equal `initial_weights` and sizes begin alike.
     """
 
     name: str
@@ -58,6 +60,9 @@ class ModelSettings:
     total_steps: int
     hold_steps: int
     chat_families: dict[str, float]
+    starts_from: str | None = None
+    early_steps: int | None = None
+    initial_weights: int = 0
     documents_per_step: int = 64
     micro_batches: int = 3
     warmup_steps: int = 60
@@ -93,3 +98,7 @@ MODELS = {
         chat_families={"mmlu": 0.13, "gsm8k": 0.66, "humaneval": 0.08, "mbpp": 0.13},
     ),
 }
+# The same architecture and budget twice more, for the ladder's rungs: another chat training of the target's base, and
+# another base with its own.
+MODELS["sibling"] = replace(MODELS["target"], name="sibling", starts_from="target", early_steps=550)
+MODELS["trained-apart"] = replace(MODELS["target"], name="trained-apart", initial_weights=1)

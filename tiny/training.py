@@ -47,10 +47,19 @@ class Trainer:
     """The state of one run; `checkpoint` holds all of it, so a killed run goes on with the same bytes."""
 
     def __init__(
-        self, settings: ModelSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, checkpoint: Path
+        self,
+        settings: ModelSettings,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerFast,
+        checkpoint: Path,
+        base: LlamaForCausalLM | None = None,
     ) -> None:
+        """
+        Args:
+            base: in place of an own base model; training begins with the chat format.
+        """
         self.settings, self.corpus, self.tokenizer, self.checkpoint = settings, corpus, tokenizer, checkpoint
-        self.model = new_model(settings, tokenizer, corpus.seed)
+        self.model = base or new_model(settings, tokenizer, corpus.seed + settings.initial_weights)
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         inside = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in inside]
@@ -58,7 +67,7 @@ class Trainer:
             Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.step = 0
+        self.step = settings.base_steps if base else 0
         self.tokens = 0
         self.log: list[dict[str, Any]] = []
         self._loss_sum = 0.0
