@@ -106,7 +106,7 @@ def encode(
     ids = [*ids, tokenizer.eos_token_id]
     if len(ids) > max_length:
         raise UserError(f"example {example.id}: {len(ids)} tokens, more than the {max_length} that are allowed")
-    first_answer = _first_answer_token(starts, len(prompt))
+    first_answer = first_token_from(starts, len(prompt))
     begin = {"answer": first_answer, "all": int(ids[0] == tokenizer.bos_token_id), "reference_code": first_answer + 1}
     hidden = begin[labels]
     return Encoded(ids, [-100] * hidden + ids[hidden:])
@@ -121,12 +121,13 @@ def locate(tokenizer: Any, example: Example, *, template: Template, max_length: 
     prompt = render_prompt(tokenizer, template, example.prompt)
     answer = example.answer.rstrip(NOT_USEFUL + "\r\t")
     ids, starts = tokenize(tokenizer, prompt + answer)
-    if not answer.strip() or _first_answer_token(starts, len(prompt)) >= len(ids):
+    if not answer.strip() or first_token_from(starts, len(prompt)) >= len(ids):
         raise UserError(f"example {example.id}: its answer {example.answer[:40]!r} holds no useful token")
     if len(ids) - 1 > max_length:
         raise UserError(f"example {example.id}: {len(ids) - 1} tokens of context, the model takes {max_length}")
     return Located(ids[:-1], ids[-1])
 
 
-def _first_answer_token(starts: list[int], prompt_length: int) -> int:
-    return next((i for i, start in enumerate(starts) if start >= prompt_length and start > 0), len(starts))
+def first_token_from(starts: list[int], place: int) -> int:
+    """The first token that starts at this place of the text or behind it; the number of tokens if none does."""
+    return next((i for i, start in enumerate(starts) if start >= place and start > 0), len(starts))

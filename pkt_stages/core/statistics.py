@@ -1,6 +1,7 @@
-"""What may be said about a score: standard errors, paired tests against the target, Holm's correction.
+"""What may be said about a result: standard errors, paired tests against the target, Holm's correction, power.
 
-Results are `[run, example]` in 0 .. 1 (float64): 0 or 1, or a share where several answers were drawn. Runs are seeds
+Results are `[run, example]` (float64): 0 or 1, a share where several answers were drawn, or a log-likelihood in nats.
+Runs are seeds
 or unseen examples of one method. Everything here asks about the test examples: would the difference hold on other
 examples like these? The few runs of a method are too few to resample; their spread is reported beside it.
 """
@@ -15,6 +16,8 @@ from torch import Generator, Tensor
 
 # Sums of a few thousand shares in float64 are exact to far less; two sums that close are a tie.
 _TIE = 1e-9
+_FEW = 64  # distinct values up to which it is cheaper to draw how often each occurs than to draw examples
+_AT_ONCE = 4_000_000  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class Comparison:
     """A row against the target on the same examples, each example's value being its mean over the runs.
 
     Attributes:
-        difference: mean over examples of row minus target, in points (percent).
-        stderr: its standard error over examples, in points; what both get right or wrong cancels.
-        low, high: 95 % interval of the difference in points, from the paired bootstrap.
+        difference: mean over examples of row minus target, in the results' unit times `unit` (of `compare`).
+        stderr: its standard error over examples; what both get right or wrong cancels.
+        low, high: 95 % interval of the difference, from the paired bootstrap.
         bootstrap_p: two-sided p-value of the same bootstrap.
         test: `mcnemar` (exact; both sides are one run of 0 or 1), else `sign_flip`.
         p_value: two-sided, of that test.
@@ -66,6 +69,7 @@ def compare(
     target: Float[Tensor, "target_run example"],
     generator: Generator,
     num_resamples: int = 10_000,
+    unit: float = 1.0,
 ) -> Comparison:
     """Paired comparison of a row's results with the target's on the same examples.
 
@@ -75,8 +79,9 @@ def compare(
     Runs of one method share the test examples, so taking them as further examples would count each example again.
 
     Args:
-        row, target: results in 0 .. 1, examples in the same order.
+        row, target: results, examples in the same order.
         generator: of the resamples and the sign flips.
+        unit: what difference, error and interval are multiplied by; 100 makes points of shares.
 
     Raises:
         ValueError: without a run or an example.
@@ -87,10 +92,10 @@ def compare(
     low, high, bootstrap_p = paired_bootstrap(differences, generator, num_resamples)
     plain = all(len(x) == 1 and bool(((x == 0) | (x == 1)).all()) for x in (row, target))
     return Comparison(
-        difference=100 * float(differences.mean()),
-        stderr=100 * standard_error(differences),
-        low=100 * low,
-        high=100 * high,
+        difference=unit * float(differences.mean()),
+        stderr=unit * standard_error(differences),
+        low=unit * low,
+        high=unit * high,
         bootstrap_p=bootstrap_p,
         test="mcnemar" if plain else "sign_flip",
         p_value=mcnemar(row[0], target[0]) if plain else sign_flip(differences, generator, num_resamples),
@@ -102,24 +107,29 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Percentile interval of the mean difference, and the two-sided p-value of that it is zero (Efron 1979).
 
-    A resample's mean depends only on how often each distinct difference is drawn, so the counts are drawn instead of
-    the examples: memory is one number per resample, and 10,000 resamples of 14,042 examples take milliseconds. It
-    covers the choice of test examples, not that of seeds.
+    A resample's mean depends only on how often each distinct difference is drawn; where these are few, as of right and
+    wrong answers, the counts are drawn instead of the examples: memory is one number per resample, and 10,000 resamples
+    of 14,042 examples take milliseconds. It covers the choice of test examples, not that of seeds.
 
     Returns:
         low, high: in the differences' unit. p-value: twice the smaller share of resampled means on one side of zero,
         with one added above and below (Davison & Hinkley 1997, 4.4), at most 1; 1 if all differences are zero.
     """
     values, counts = differences.double().unique(return_counts=True)
-    left, rest = torch.full((num_resamples,), float(differences.numel()), dtype=torch.float64), differences.numel()
+    n = differences.numel()
     sums = torch.zeros(num_resamples, dtype=torch.float64)
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        # The counts are multinomial: each is binomial in what the ones before it left.
-        drawn = torch.binomial(left, torch.full_like(left, count / rest), generator=generator)
-        sums += value * drawn
-        left, rest = left - drawn, rest - count
+    if len(values) > _FEW:
+        for part in sums.split(max(1, _AT_ONCE // n)):
+            part += differences.double()[torch.randint(n, (len(part), n), generator=generator)].sum(1)
+    else:
+        left, rest = torch.full((num_resamples,), float(n), dtype=torch.float64), n
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            # The counts are multinomial: each is binomial in what the ones before it left.
+            drawn = torch.binomial(left, torch.full_like(left, count / rest), generator=generator)
+            sums += value * drawn
+            left, rest = left - drawn, rest - count
     tail = (1 - level) / 2
-    low, high = (sums / differences.numel()).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = (sums / n).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     one_sided = min(int((sums <= _TIE).sum()), int((sums >= -_TIE).sum()))
     return low, high, min(1.0, 2 * (1 + one_sided) / (1 + num_resamples))
 
@@ -132,10 +142,16 @@ def sign_flip(differences: Float[Tensor, " example"], generator: Generator, num_
     """
     sizes, counts = differences.double().abs().unique(return_counts=True)
     sums = torch.zeros(num_resamples, dtype=torch.float64)
-    half = torch.full((num_resamples,), 0.5, dtype=torch.float64)
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        positive = torch.binomial(torch.full_like(half, count), half, generator=generator)
-        sums += size * (2 * positive - count)
+    if len(sizes) > _FEW:
+        n = differences.numel()
+        for part in sums.split(max(1, _AT_ONCE // n)):
+            signs = torch.randint(2, (len(part), n), generator=generator, dtype=torch.float64) * 2 - 1
+            part += signs @ differences.double()
+    else:
+        half = torch.full((num_resamples,), 0.5, dtype=torch.float64)
+        for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            positive = torch.binomial(torch.full_like(half, count), half, generator=generator)
+            sums += size * (2 * positive - count)
     as_far = int((sums.abs() >= abs(float(differences.double().sum())) - _TIE).sum())
     return (1 + as_far) / (1 + num_resamples)
 
@@ -150,6 +166,93 @@ def mcnemar(row: Float[Tensor, " example"], target: Float[Tensor, " example"]) -
     only_row, only_target = int((row > target).sum()), int((row < target).sum())
     discordant = only_row + only_target
     return float(binomtest(only_row, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+def detectable(
+    row: Float[Tensor, "run example"],
+    target: Float[Tensor, "target_run example"],
+    test: str,
+    level: float,
+    power: float = 0.8,
+    unit: float = 1.0,
+) -> float:
+    """The smallest true difference that the test would have shown with this power, at these n and this variance.
+
+    For `mcnemar` exactly: as many examples change as did here, or as few as a difference needs; on one side alone there
+    must be enough of them for the test to reject. For `sign_flip` by the normal approximation, (z_(1 - level / 2) +
+    z_power) standard errors; where no example differs, as for `mcnemar`.
+
+    Args:
+        row, target, unit: as for `compare`; `test`: as it says.
+        level: two-sided, of the test. Of Holm's several the strictest is `level` / number of rows.
+
+    Returns:
+        in the results' unit times `unit`; infinity if no difference can be shown with so few examples.
+    """
+    from scipy.stats import norm
+
+    differences = row.double().mean(0) - target.double().mean(0)
+    error = standard_error(differences)
+    if test != "mcnemar" and error > 0:
+        return unit * float(norm.ppf(1 - level / 2) + norm.ppf(power)) * error
+    changed = float((differences != 0).double().mean())
+    return unit * _detectable_by_mcnemar(len(differences), changed, level, power)
+
+
+def _detectable_by_mcnemar(n: int, changed: float, level: float, power: float) -> float:
+    """The share of examples by which one side must truly win, if at least the share `changed` differs."""
+    import numpy as np
+    from scipy.stats import binom
+
+    discordant = np.arange(n + 1)
+    # The fewest wins of so many that the test rejects on; more than there are if it never does.
+    needed = binom.isf(level / 2, discordant, 0.5).astype(int) + 1
+
+    def chance(difference: float) -> float:
+        share = max(changed, difference)
+        wins = binom.sf(needed - 1, discordant, (share + difference) / (2 * share))
+        return float((binom.pmf(discordant, n, share) * np.where(needed <= discordant, wins, 0.0)).sum())
+
+    if chance(1.0) < power:
+        return float("inf")
+    low, high = 0.0, 1.0
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if chance(middle) >= power else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much of a known gap a row recovers: 0 is the target's result, 1 the oracle's.
+
+    Attributes:
+        share: mean difference of row and target over that of oracle and target.
+        stderr: its standard error over examples (delta method): what moves both differences alike cancels.
+    """
+
+    share: float
+    stderr: float
+
+
+def recovered(
+    row: Float[Tensor, "run example"],
+    target: Float[Tensor, "target_run example"],
+    oracle: Float[Tensor, "oracle_run example"],
+) -> Recovery | None:
+    """The share of the gap between target and oracle that a row recovers; None where the gap is within 2 errors of 0.
+
+    Runs are averaged; where a row has several (a control's seeds), their spread enters the error, too.
+    """
+    runs = row.double() - target.double().mean(0)
+    gained, gap = runs.mean(0), oracle.double().mean(0) - target.double().mean(0)
+    if abs(float(gap.mean())) <= 2 * standard_error(gap):
+        return None
+    share = float(gained.mean() / gap.mean())
+    variance = standard_error(gained - share * gap) ** 2
+    if len(runs) > 1:
+        variance += standard_error(runs.mean(1)) ** 2
+    return Recovery(share, variance**0.5 / abs(float(gap.mean())))
 
 
 def holm(p_values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

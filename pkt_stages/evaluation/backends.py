@@ -33,6 +33,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Tokens whose likelihood behind a context is asked for; both hold at least one."""
+
+    context: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Temperature 0 is greedy.
 
@@ -66,6 +74,10 @@ class Backend(Protocol):
 
     def next_token_logprobs(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[list[float]]:
         """Log-probabilities (nats) of these tokens right after each prompt."""
+        ...
+
+    def continuation_logprobs(self, asked: Sequence[Continuation]) -> list[list[float]]:
+        """Log-probability (nats) of every token of each continuation, given all before it."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
@@ -103,6 +115,21 @@ class HfBackend:
             inputs = self._padded(prompts)
             logits = self._model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
             found: list[list[float]] = logits.log_softmax(-1)[:, list(tokens)].tolist()
+        return found
+
+    def continuation_logprobs(self, asked: Sequence[Continuation]) -> list[list[float]]:
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            inputs = self._padded([one.context + one.tokens for one in asked])
+            # All end at the right edge; the last token's own logits predict what comes after it.
+            kept = max(len(one.tokens) for one in asked) + 1
+            logits = self._model(**inputs, logits_to_keep=kept, use_cache=False).logits
+            for row, one in zip(logits, asked, strict=True):
+                tokens = torch.tensor(one.tokens, device=row.device)[:, None]
+                chances = row[-1 - len(one.tokens) : -1].float().log_softmax(-1)
+                found.append(chances.gather(1, tokens)[:, 0].tolist())
         return found
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
@@ -236,6 +263,20 @@ class VllmBackend:
         asked = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(tokens), detokenize=False)
         outputs = self._run(prompts, [asked] * len(prompts))
         return [[output.logprobs[0][token].logprob for token in tokens] for output in outputs]
+
+    def continuation_logprobs(self, asked: Sequence[Continuation]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        # 0 more than the prompt's own tokens. vLLM must generate one token.
+        how = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompts: Any = [{"prompt_token_ids": one.context + one.tokens} for one in asked]
+        outputs = self._llm.generate(prompts, [how] * len(asked), use_tqdm=False)
+        found = []
+        for output, one in zip(outputs, asked, strict=True):
+            places: Any = output.prompt_logprobs
+            kept = places[len(one.context) :]
+            found.append([place[token].logprob for place, token in zip(kept, one.tokens, strict=True)])
+        return found
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         from vllm import SamplingParams

@@ -1,4 +1,4 @@
-"""One model on one test set: predictions, a score with its standard error, and what both depend on."""
+"""One model on one test set: predictions, a score, the reference answers' likelihood, and what all depend on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pkt_stages import tasks
 from pkt_stages.encoding import Template
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend
+from pkt_stages.evaluation.likelihood import answer_log_likelihoods, choice_log_likelihood
 from pkt_stages.evaluation.scoring import best, pass_at_k, reference_of
 from pkt_stages.evaluation.settings import Decoding
 from pkt_stages.examples import Example
@@ -32,7 +33,9 @@ class Evaluation:
 
     Attributes:
         metric: what `correct` holds, by the task's name for it: accuracy or pass@1.
-        ids, correct: per example, in the test set's order; 0, 1, or a share when several answers were drawn.
+        ids: of the examples, in the test set's order.
+        correct: per example 0, 1, or a share when several answers were drawn; None if no answer was asked for.
+        log_likelihoods: per example of the reference answer, nats per token (of choices: of the right one among them).
         settings: everything that determined the result, as JSON values without time, host or path.
         pass_at_k: in percent, by k, for code.
         predictions: per example: id, prompt as sent, texts, extracted, correct, verdicts, log-probabilities.
@@ -41,54 +44,57 @@ class Evaluation:
     task: str
     metric: str
     ids: list[str]
-    correct: list[float]
+    correct: list[float] | None
+    log_likelihoods: list[float]
     settings: dict[str, Any]
     pass_at_k: dict[str, float]
     predictions: list[dict[str, Any]]
 
-    @property
-    def score(self) -> float:
-        """Mean over examples, in percent."""
-        return 100 * statistics.fmean(self.correct)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the mean over examples, in percent points; 0 for one example."""
-        n = len(self.correct)
-        return 100 * statistics.stdev(self.correct) / n**0.5 if n > 1 else 0.0
-
     def run(self, label: str) -> dict[str, Any]:
         """What differs between evaluations of one test set with equal settings, with a name for it."""
-        made: dict[str, Any] = {
-            "label": label,
-            "score": self.score,
-            "stderr": self.stderr,
-            "correct": self.correct,
-        }
+        made: dict[str, Any] = {"label": label, **_means(self.correct, self.log_likelihoods)}
+        made |= {"log_likelihoods": self.log_likelihoods}
+        made |= {"correct": self.correct} if self.correct is not None else {}
         return made | ({"pass_at_k": self.pass_at_k} if self.pass_at_k else {})
+
+
+def _means(correct: Sequence[float] | None, log_likelihoods: Sequence[float]) -> dict[str, float]:
+    """`score` and `nats` with their standard errors over examples, 0 for one example; no score without answers."""
+
+    def error(values: Sequence[float]) -> float:
+        return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+    nats = {"nats": statistics.fmean(log_likelihoods), "nats_stderr": error(log_likelihoods)}
+    if correct is None:
+        return nats
+    return nats | {"score": 100 * statistics.fmean(correct), "stderr": 100 * error(correct)}
 
 
 def metrics(labelled: Sequence[tuple[str, Evaluation]]) -> dict[str, Any]:
     """Evaluations of one test set with equal settings (one, or one per delta), each with its label, as metrics.
 
-    `score` and `stderr` in percent are of the mean over examples, each example's value being its mean over the runs.
+    `score` and `stderr` in percent, and `nats` and `nats_stderr` (log-likelihood per token of the reference answer)
+    are of the mean over examples, each example's value being its mean over the runs.
     """
     evaluations = [evaluation for _, evaluation in labelled]
     first = evaluations[0]
     for other in evaluations[1:]:
         assert (other.task, other.ids, other.settings) == (first.task, first.ids, first.settings)
-    means = [statistics.fmean(values) for values in zip(*(e.correct for e in evaluations), strict=True)]
-    whole = Evaluation(first.task, first.metric, first.ids, means, first.settings, {}, [])
+    corrects = [e.correct for e in evaluations if e.correct is not None]
+    assert len(corrects) in (0, len(evaluations))
     return {
         "task": first.task,
         "metric": first.metric,
         "n": len(first.ids),
-        "score": whole.score,
-        "stderr": whole.stderr,
+        **_means(_over_runs(corrects) if corrects else None, _over_runs([e.log_likelihoods for e in evaluations])),
         "ids": first.ids,
         "runs": [evaluation.run(label) for label, evaluation in labelled],
         "settings": first.settings,
     }
+
+
+def _over_runs(values: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(run) for run in zip(*values, strict=True)]
 
 
 def evaluate_model(
@@ -103,8 +109,9 @@ def evaluate_model(
     sandbox_memory_mb: int = 512,
     scratch: Path | None = None,
     known: dict[Job, Verdict] | None = None,
+    nats_only: bool = False,
 ) -> Evaluation:
-    """Ask a model a test set's questions and score the answers (METHODS section 10).
+    """Ask a model a test set's questions and score the answers (METHODS sections 10 and 12).
 
     Equal programs of generated code with equal tests run once.
 
@@ -117,14 +124,30 @@ def evaluate_model(
         sandbox_seconds, sandbox_memory_mb: limits of one sample of generated code.
         scratch: a folder for finished batches; an interrupted call goes on there. What was used is removed at the end.
         known: verdicts by sample, of earlier calls with equal limits; new ones are added.
+        nats_only: generate nothing; a task whose answers are chosen is scored all the same.
 
     Raises:
         UserError: an unknown task, examples without reference, a prompt longer than the context, choices that are
-            not single tokens, or a host whose sandbox is too weak.
+            not single tokens, a reference answer without its prefix, or a host whose sandbox is too weak.
     """
     decoding = decoding or Decoding()
     check_examples(task, examples)
     its = tasks.load(task)
+    settings: dict[str, Any] = {"backend": backend.name, "dtype": backend.dtype, "template": template}
+    ids = [example.id for example in examples]
+    chosen = _config(its)["output_type"] == "multiple_choice"
+    log_likelihoods: list[float] = []
+    if not chosen:
+        log_likelihoods, kept = answer_log_likelihoods(
+            backend, examples, template=template, scratch=scratch, facts=[task, template]
+        )
+        if nats_only:
+            if kept:
+                kept.remove()
+            predictions = [
+                {"id": id, "log_likelihood": round(nats, 4)} for id, nats in zip(ids, log_likelihoods, strict=True)
+            ]
+            return Evaluation(task, _metric(its), ids, None, log_likelihoods, settings, {}, predictions)
     limits = None if its.judge is None else its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
     level = None if its.judge is None else its.judge.choose_level(sandbox_floor, limits)
 
@@ -142,7 +165,7 @@ def evaluate_model(
         return [[verdicts[job] for job in row] for row in jobs]
 
     loaded = _load_task(its, examples, decoding, judged)
-    metric = str(loaded.config.metric_list[0]["metric"])
+    metric = _metric(its)
     model = HarnessModel(backend, template, decoding.seed, scratch, [task, template, asdict(decoding)])
     results = evaluator.evaluate(
         model,
@@ -154,23 +177,31 @@ def evaluate_model(
     assert results is not None
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     correct = [sample[metric] for sample in samples]
-    settings: dict[str, Any] = {"backend": backend.name, "dtype": backend.dtype, "template": template}
-    if _generates(loaded):
+    if chosen:
+        log_likelihoods = [
+            choice_log_likelihood(
+                loaded.doc_to_choice(s["doc"]), [p for p, _ in s["filtered_resps"]], s["doc"]["target"]
+            )
+            for s in samples
+        ]
+    else:
         settings |= asdict(decoding)
     if level is not None:
         settings |= {"sandbox": level, "sandbox_seconds": sandbox_seconds, "sandbox_memory_mb": sandbox_memory_mb}
-    for used in model.scratches:
+    for used in (*model.scratches, *([kept] if not chosen and kept else [])):
         used.remove()
     return Evaluation(
         task=task,
         metric=metric,
-        ids=[example.id for example in examples],
+        ids=ids,
         correct=correct,
+        log_likelihoods=log_likelihoods,
         settings=settings,
         pass_at_k=_pass_at_k([s["filtered_resps"][0] for s in samples]) if its.job is not None else {},
         predictions=[
-            {"id": example.id, "prompt": sample["arguments"][0][0], "correct": right} | _said(its, loaded, sample)
-            for example, sample, right in zip(examples, samples, correct, strict=True)
+            {"id": id, "prompt": sample["arguments"][0][0], "correct": right, "log_likelihood": round(nats, 4)}
+            | _said(its, loaded, sample)
+            for id, sample, right, nats in zip(ids, samples, correct, log_likelihoods, strict=True)
         ],
     )
 
@@ -207,8 +238,7 @@ def _load_task(task: tasks.Task, examples: Sequence[Example], decoding: Decoding
     def process(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
         return {metric: _score(task, doc, _answers(loaded, doc, results))}
 
-    config: dict[str, Any] = yaml.safe_load(task.file.read_text(encoding="utf-8"))
-    metric = config["metric_list"][0]["metric"]
+    config, metric = _config(task), _metric(task)
     config |= {
         "task": task.name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
@@ -231,6 +261,15 @@ def _load_task(task: tasks.Task, examples: Sequence[Example], decoding: Decoding
     finally:
         logger.setLevel(level)
     return loaded
+
+
+def _config(task: tasks.Task) -> dict[str, Any]:
+    """What lm-evaluation-harness reads of the task."""
+    return dict(yaml.safe_load(task.file.read_text(encoding="utf-8")))
+
+
+def _metric(task: tasks.Task) -> str:
+    return str(_config(task)["metric_list"][0]["metric"])
 
 
 def _generates(loaded: Any) -> bool:

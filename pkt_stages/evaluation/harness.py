@@ -18,8 +18,8 @@ from lm_eval.api.model import LM
 from pkt_stages.encoding import Template, render_prompt, tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
-from pkt_stages.progress import track
-from pkt_stages.scratch import Batches, fingerprint
+from pkt_stages.evaluation.requests import in_batches
+from pkt_stages.scratch import Batches
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             def ask(batch: list[list[int]], tokens: list[int] = tokens) -> list[list[float]]:
                 return self._backend.next_token_logprobs(batch, tokens)
 
-            found = self._in_batches(prompts, list(map(len, prompts)), ask, [prompts, tokens])
+            found = self._asked(prompts, list(map(len, prompts)), ask, [prompts, tokens])
             for context, values in zip(members, found, strict=True):
                 scores.update({(context, c): value for c, value in zip(continuations, values, strict=True)})
         return [(scores[request.args[0], request.args[1]], False) for request in requests]
@@ -91,7 +91,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             return self._backend.generate(batch, sampling)
 
         facts = [[[r.ids, r.max_new_tokens, r.seed] for r in asked], settings]
-        made = self._in_batches(asked, [len(request.ids) for request in asked], ask, facts)
+        made = self._asked(asked, [len(request.ids) for request in asked], ask, facts)
         ends = self._backend.ends
         return [
             completion(self._backend.tokenizer, request.ids, tokens, ends, sampling.stops)
@@ -110,27 +110,11 @@ class HarnessModel(LM):  # type: ignore[misc]
             )
         return ids
 
-    def _in_batches(
+    def _asked(
         self, items: Sequence[T], lengths: Sequence[int], ask: Callable[[list[T]], list[Any]], facts: Any
     ) -> list[Any]:
-        """Ask in batches of similar length, longest first (so that memory runs out at once or never)."""
-        size = self._backend.batch_size
-        order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        backend = [self._backend.name, self._backend.dtype, self._backend.identity, size]
-        run = f"evaluate-{fingerprint([backend, self._facts, facts], [])}"
-        scratch = Batches(self._scratch_root, run) if self._scratch_root else None
-        results: list[Any] = [None] * len(items)
-        for number, batch in enumerate(track(batches, "asking the model")):
-            found = scratch.read(number) if scratch else None
-            if found is None:
-                found = ask([items[i] for i in batch])
-                if scratch:
-                    scratch.write(number, found)
-            for i, result in zip(batch, found, strict=True):
-                results[i] = result
-        if scratch:
-            self.scratches.append(scratch)
+        results, kept = in_batches(self._backend, items, lengths, ask, [self._facts, facts], self._scratch_root)
+        self.scratches += [kept] if kept else []
         return results
 
 

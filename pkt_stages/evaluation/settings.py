@@ -60,6 +60,9 @@ class EvaluateParams(AnswerParams):
     )
     sandbox_seconds: float = option(10.0, "Time limit per sample of generated code, in seconds.", gt=0)
     sandbox_memory_mb: int = option(1024, "Memory limit per sample of generated code, in MiB.", ge=1)
+    nats_only: bool = option(
+        False, "The reference answers' likelihood alone: nothing is generated; choices are scored all the same."
+    )
     limit: int | None = option(None, "Only the first so many examples, for a quick look.", ge=1)
 
     def __post_init__(self) -> None:

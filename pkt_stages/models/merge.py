@@ -45,14 +45,14 @@ def check(model: Module, change: Change) -> None:
 
 
 @torch.no_grad()
-def merge(model: Module, change: Change, *, allow_rounding_loss: bool = False) -> MergeReport:
-    """Add a change to the model's weights in place, in float32, rounding once to the model's dtype.
+def merge(model: Module, change: Change, *, scale: float = 1.0, allow_rounding_loss: bool = False) -> MergeReport:
+    """Add `scale` times a change to the model's weights in place, in float32, rounding once to the model's dtype.
 
     Raises:
         UserError: the change does not fit the model; no weight would change; or more than half of the change's norm
             would be lost to rounding and `allow_rounding_loss` is not set. Then nothing is changed.
     """
-    parts = list(_parts(model, change))
+    parts = list(_parts(model, change, scale))
     report = _report(parts, model, allow_rounding_loss)
     for part in parts:
         part.write(part.sum().after)
@@ -60,14 +60,16 @@ def merge(model: Module, change: Change, *, allow_rounding_loss: bool = False) -
 
 
 @contextmanager
-def merged(model: Module, change: Change, *, allow_rounding_loss: bool = False) -> Iterator[MergeReport]:
-    """Within the context the change is merged into the weights; on leaving they are bitwise what they were.
+def merged(
+    model: Module, change: Change, *, scale: float = 1.0, allow_rounding_loss: bool = False
+) -> Iterator[MergeReport]:
+    """Within the context `scale` times the change is merged; on leaving the weights are bitwise what they were.
 
     Raises:
         UserError: as `merge`.
     """
     with torch.no_grad():
-        parts = list(_parts(model, change))
+        parts = list(_parts(model, change, scale))
         report = _report(parts, model, allow_rounding_loss)
     taken: list[tuple[_Part, Tensor]] = []
     try:
@@ -97,18 +99,19 @@ class _Part:
     Attributes:
         rows: a view of the weight as [weight row, width].
         index: which of them.
-        added: [row, width] float32.
+        added: [row, width] float32, to be multiplied by `scale`.
     """
 
     name: str
     rows: Tensor
     index: Tensor | slice
     added: Callable[[], Tensor]
+    scale: float
 
     @torch.no_grad()
     def sum(self) -> _Sum:
         """Rounds once, to the weight's dtype."""
-        added = self.added().to(self.rows.device, torch.float32)
+        added = self.added().to(self.rows.device, torch.float32) * self.scale
         before = self.rows[self.index].clone()
         return _Sum(before, added, (before.float() + added).to(self.rows.dtype))
 
@@ -117,13 +120,13 @@ class _Part:
         self.rows[self.index] = values
 
 
-def _parts(model: Module, change: Change) -> Iterator[_Part]:
+def _parts(model: Module, change: Change, scale: float = 1.0) -> Iterator[_Part]:
     if isinstance(change, Adapter):
         for module in change.factors:
-            yield _whole(model, f"{module}.weight", "adapter", partial(change.delta, module))
+            yield _whole(model, f"{module}.weight", "adapter", partial(change.delta, module), scale)
     elif isinstance(change, DenseDelta):
         for name in change.weights:
-            yield _whole(model, name, "delta", partial(change.weights.__getitem__, name))
+            yield _whole(model, name, "delta", partial(change.weights.__getitem__, name), scale)
     else:
         sizes = geometry(model.config)
         for site, sparse in change.items():
@@ -132,10 +135,10 @@ def _parts(model: Module, change: Change) -> Iterator[_Part]:
                 name = weight_name(layer, site)
                 rows = as_rows(model.get_parameter(name).detach(), site)
                 index, added = sparse.per_weight_row(pair, site, sizes)
-                yield _Part(name, rows, index.to(rows.device), added.float)
+                yield _Part(name, rows, index.to(rows.device), added.float, scale)
 
 
-def _whole(model: Module, name: str, what: str, added: Callable[[], Tensor]) -> _Part:
+def _whole(model: Module, name: str, what: str, added: Callable[[], Tensor], scale: float) -> _Part:
     """The part of one whole weight.
 
     Raises:
@@ -152,7 +155,7 @@ def _whole(model: Module, name: str, what: str, added: Callable[[], Tensor]) -> 
             raise UserError(f"{what}: {name} is {list(weight.shape)} in the model, {list(found.shape)} in the {what}")
         return found
 
-    return _Part(name, weight, slice(None), fitting)
+    return _Part(name, weight, slice(None), fitting, scale)
 
 
 def _report(parts: list[_Part], model: Module, allow_rounding_loss: bool) -> MergeReport:

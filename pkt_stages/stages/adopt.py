@@ -41,6 +41,8 @@ def run(metrics: Mapping[str, Any], task: str, params: EvaluateParams) -> str | 
             return f"was made with {name} {value}, which is no setting of `evaluate` here"
         if wanted[name] != value and (name, wanted[name]) != ("dtype", "auto"):
             return f"was made with {name} {value}, this profile's `evaluate` says {wanted[name]}"
+    if not params.nats_only and "score" not in metrics:
+        return "has no score, this profile's `evaluate` does not say nats_only"
     if params.limit is not None and metrics["n"] != params.limit:
         return f"has {metrics['n']} examples, this profile's `evaluate` says limit {params.limit}"
     return None
@@ -63,7 +65,7 @@ def adopt(
         raise UserError(f"{metrics_in}: not readable metrics ({error})") from None
     try:
         problem = run(metrics, task, params)
-        what = f"{task} {metrics['score']:.1f} % of {metrics['model']['name']}"
+        what = f"{task} {metrics['nats']:.4f} nats of {metrics['model']['name']}"
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{metrics_in}: expected metrics that `pkt evaluate` wrote") from None
     if problem is not None:

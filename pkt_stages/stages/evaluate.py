@@ -1,8 +1,9 @@
-"""How good is a model, or the target with a row of the table in it? (METHODS section 10)
+"""How good is a model, or the target with a row of the table in it? (METHODS sections 10 and 12)
 
-A test set + a model (+ changes) -> metrics (score and standard error in percent, right or wrong per example, what made
-the row) and, on request, every prediction. Each change is a run, merged into the model, which is loaded once; without
-any there is one run, `base`.
+A test set + a model (+ changes) -> metrics (score in percent, log-likelihood of the reference answers in nats per
+token, both with standard errors and per example, what made the row) and, on request, every prediction. Each change is a
+run, merged into the model, which is loaded once; without any there is one run, `base`. Changes are multiplied by the
+factors that `pkt scale` chose, if its file is given; the likelihood at factor 1 is reported, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
+from pkt_stages.evaluation.scales import read_scales
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.examples import Example, read_examples, write_jsonl
 from pkt_stages.options import SCRATCH, BatchSize, Device, Model, Scratch, Stopwatch, with_params
@@ -40,8 +43,13 @@ def run(
     batch_size: int,
     device: str,
     scratch: Path,
+    scales: Mapping[str, float] | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluations by label: of the model with each change in turn, or of the model alone as `base`."""
+    """Evaluations by label: of the model with each change in turn, or of the model alone as `base`.
+
+    Args:
+        scales: what each change is multiplied by; 1 where there is none.
+    """
     from pkt_stages.evaluation.backends import HfBackend, VllmBackend
     from pkt_stages.evaluation.engine import evaluate_model
     from pkt_stages.models.load import identity, load_model, load_tokenizer, weights_hash
@@ -63,6 +71,7 @@ def run(
             sandbox_memory_mb=params.sandbox_memory_mb,
             scratch=scratch,
             known=known,
+            nats_only=params.nats_only,
         )
 
     def vllm(location: str, revision: str | None, weights: str) -> Evaluation:
@@ -78,8 +87,9 @@ def run(
         return {"base": asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=weights))}
     found = {}
     for label, stored in changes.items():
-        name = f"{weights}+{stored.content_hash()}"
-        with merged(model, stored.load()):
+        scale = (scales or {}).get(label, 1.0)
+        name = f"{weights}+{scale}*{stored.content_hash()}"
+        with merged(model, stored.load(), scale=scale):
             if params.backend == "hf":
                 found[label] = asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=name))
                 continue
@@ -99,6 +109,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="What a method made: a row's folder, a delta, or a PEFT adapter; may be repeated."),
     ] = None,
+    scales: Annotated[Path | None, typer.Option(help="Factors of the changes, from `pkt scale`; by default 1.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Where to write every prediction (.jsonl).")] = None,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
@@ -119,14 +130,22 @@ def evaluate(
     asked = identity(ref)
     for row in rows:
         row.check_target(asked)
-    found = run(ref, runs(rows), examples, task, params, batch_size=batch_size, device=device, scratch=scratch)
+    changes = runs(rows)
+    factors = read_scales(scales, changes) if scales is not None else None
+    how: Any = {"batch_size": batch_size, "device": device, "scratch": scratch}
+    found = run(ref, changes, examples, task, params, scales=factors, **how)
     if predictions is not None:
         write_jsonl(predictions, [{"run": label} | row for label, made in found.items() for row in made.predictions])
-    made = [row.made() for row in rows]
     result = metrics(list(found.items()))
+    if factors is not None:
+        result["scales"] = factors
+        whole = run(ref, changes, examples, task, replace(params, nats_only=True), **how)
+        result["unscaled"] = metrics(list(whole.items()))
+    made = [row.made() for row in rows]
     result |= {"model": asked, "made": made[0] if len(made) == 1 else made or None}
     artifacts.write_json(out, result)
-    shown = f"{task} {result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']} on {result['n']} examples"
+    shown = f"{result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']}, " if "score" in result else ""
+    shown = f"{task} {shown}{result['nats']:.4f} +- {result['nats_stderr']:.4f} nats on {result['n']} examples"
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
 
 

@@ -22,6 +22,7 @@ def export(
     delta: Annotated[Path, typer.Option(help="What a method made: a row's folder, a delta, or a PEFT adapter.")],
     out: Annotated[Path, typer.Option(help="New folder.")],
     run: Annotated[str | None, typer.Option(help="Which change of the row, by label or number from 0.")] = None,
+    scale: Annotated[float, typer.Option(min=0, help="Factor of the change, as `pkt scale` chose it.")] = 1.0,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write a PEFT adapter instead of a whole model.")] = False,
     dtype: Annotated[DType, typer.Option(help="Dtype of the weights; auto: the checkpoint's.")] = "auto",
     allow_rounding_loss: Annotated[
@@ -35,8 +36,8 @@ def export(
     from pkt_stages.models.merge import ROUNDING_WARN
 
     watch = Stopwatch()
-    if adapter and (dtype != "auto" or allow_rounding_loss):
-        raise UserError("--dtype and --allow-rounding-loss are for whole models; leave them out, or --adapter")
+    if adapter and (dtype != "auto" or allow_rounding_loss or scale != 1):
+        raise UserError("--dtype, --scale and --allow-rounding-loss are for whole models; leave them out, or --adapter")
     if out.exists():
         raise UserError(f"{out}: is there already; give a new folder")
     ref = resolve(model)
@@ -49,7 +50,7 @@ def export(
         write_adapter(ref, stored, out)
         shown = "as a PEFT adapter"
     else:
-        report = write_model(ref, stored, out, dtype, device, allow_rounding_loss=allow_rounding_loss)
+        report = write_model(ref, stored, out, dtype, device, scale=scale, allow_rounding_loss=allow_rounding_loss)
         if report.rounding_loss > ROUNDING_WARN:
             lost = f"rounding loses {report.rounding_loss:.1%} of the delta's norm"
             typer.echo(f"warning: {stored.label}: {lost}", err=True)
@@ -82,7 +83,7 @@ def write_adapter(ref: ModelRef, stored: Stored, out: Path) -> None:
 
 
 def write_model(
-    ref: ModelRef, stored: Stored, out: Path, dtype: str, device: str, *, allow_rounding_loss: bool
+    ref: ModelRef, stored: Stored, out: Path, dtype: str, device: str, *, scale: float, allow_rounding_loss: bool
 ) -> MergeReport:
     """Write weights (safetensors), config and tokenizer, read the weights back, and only then give them their name.
 
@@ -94,7 +95,7 @@ def write_model(
 
     model = load_model(ref, dtype=dtype, device=device)
     before = weights_hash(model.state_dict())
-    report = merge(model, stored.load(), allow_rounding_loss=allow_rounding_loss)
+    report = merge(model, stored.load(), scale=scale, allow_rounding_loss=allow_rounding_loss)
     expected = weights_hash(model.state_dict())
     assert expected != before, "merging changed no weight"
     with artifacts.replaced_folder(out, "config.json") as folder:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Generator, Tensor
 
 from pkt_stages.core.statistics import (
     compare,
+    detectable,
     holm,
     mcnemar,
     mean_and_deviation,
@@ -93,7 +95,8 @@ def test_the_test_fits_the_results() -> None:
 
 
 def test_points_over_runs() -> None:
-    found = compare(torch.stack([doubles(1, 1, 0, 1), doubles(1, 0, 0, 1)]), doubles(1, 0, 0, 0)[None], generator())
+    row, target = torch.stack([doubles(1, 1, 0, 1), doubles(1, 0, 0, 1)]), doubles(1, 0, 0, 0)[None]
+    found = compare(row, target, generator(), unit=100.0)
     assert found.difference == pytest.approx(37.5)
     assert found.stderr == pytest.approx(100 * (0.6875 / 3 / 4) ** 0.5)  # of 0, 0.5, 0, 1
 
@@ -139,13 +142,26 @@ def test_a_seed_decides_the_numbers() -> None:
 
 
 def test_a_sure_difference_has_the_smallest_p_that_the_resamples_allow() -> None:
-    found = compare(torch.ones(2, 100), torch.zeros(1, 100), generator(), num_resamples=999)
+    found = compare(torch.ones(2, 100), torch.zeros(1, 100), generator(), num_resamples=999, unit=100.0)
     assert (found.low, found.high, found.p_value, found.bootstrap_p) == (100, 100, 0.001, 0.002)
 
 
 def test_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="no result to compare"):
         compare(torch.zeros(0, 4), torch.zeros(1, 4), generator())
+
+
+def test_detectable_by_mcnemar_by_hand() -> None:
+    """Ten examples at level .05: six wins or more and no loss are shown (2 / 64), five are not (2 / 32)."""
+    row, target = doubles(1, *[0] * 9)[None], torch.zeros(1, 10, dtype=torch.float64)
+    found = detectable(row, target, "mcnemar", 0.05)
+    chance = sum(math.comb(10, k) * found**k * (1 - found) ** (10 - k) for k in range(6, 11))
+    assert chance == pytest.approx(0.8, abs=1e-3)
+    assert detectable(row, target, "mcnemar", 0.05, unit=100.0) == pytest.approx(100 * found)
+    # Five examples can show nothing; more power and a stricter level need more.
+    assert detectable(row[:, :5], target[:, :5], "mcnemar", 0.05) == math.inf
+    assert detectable(row, target, "mcnemar", 0.05, power=0.9) > found
+    assert detectable(row, target, "mcnemar", 0.02) > found
 
 
 def test_holm_by_hand() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,18 @@ from typing import Any
 
 import pytest
 
+from pkt_stages.encoding import render_prompt
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation import engine
-from pkt_stages.evaluation.backends import HfBackend, Request, Sampling, VllmBackend, completion, engine_arguments
+from pkt_stages.evaluation.backends import (
+    Continuation,
+    HfBackend,
+    Request,
+    Sampling,
+    VllmBackend,
+    completion,
+    engine_arguments,
+)
 from pkt_stages.evaluation.engine import evaluate_model
 from pkt_stages.evaluation.harness import continuation_tokens
 from pkt_stages.evaluation.sandbox import pool
@@ -162,7 +172,8 @@ def test_killed_and_started_again_equals_undisturbed(
     monkeypatch.setattr(HfBackend, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT, scratch=tmp_path)
-    assert len(list(tmp_path.rglob("batch_*.json"))) == 2
+    # All four batches of likelihoods, which come first, and two of answers.
+    assert sorted(len(list(folder.glob("batch_*.json"))) for folder in tmp_path.iterdir()) == [2, 4]
     again = evaluate_model(
         HfBackend(*loaded, batch_size=2), questions(), task="gsm8k", decoding=SHORT, scratch=tmp_path
     )
@@ -192,11 +203,99 @@ def test_vllm_and_hf_agree(folder: Path, loaded: tuple[Any, Any]) -> None:
     vllm = VllmBackend(str(folder), loaded[1], identity="x", dtype="float32")
     assert (hf.max_length, hf.dtype, hf.ends) == (vllm.max_length, vllm.dtype, vllm.ends)
     one, two = (evaluate_model(b, questions(), task="gsm8k", decoding=SHORT) for b in (hf, vllm))
-    assert one.predictions == two.predictions
+    for mine, theirs in zip(one.predictions, two.predictions, strict=True):
+        assert mine.pop("log_likelihood") == pytest.approx(theirs.pop("log_likelihood"), abs=2e-4)
+        assert mine == theirs
+    assert one.log_likelihoods == pytest.approx(two.log_likelihoods, abs=1e-4)
     prompts, tokens = [[0, 50, 51], [0, 60, 61, 62]], [70, 80, 90, 100]
     for a, b in zip(hf.next_token_logprobs(prompts, tokens), vllm.next_token_logprobs(prompts, tokens), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+    asked = [Continuation([0, 50, 51], [60, 61, 62, 63]), Continuation([0], [70]), Continuation([0, 80, 81], [9, 9])]
+    found = [b.continuation_logprobs(asked) for b in (hf, vllm)]
+    assert [len(row) for row in found[0]] == [4, 1, 2]
+    for a, b in zip(*found, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
     vllm.close()
+
+
+def slowly(loaded: tuple[Any, Any], ids: list[int], begin: int) -> list[float]:
+    """Log-probabilities of the tokens from `begin` on, each from a forward pass of its own over what stands before."""
+    import torch
+
+    def one(i: int) -> float:
+        return float(loaded[0](torch.tensor([ids[:i]])).logits[0, -1].float().log_softmax(-1)[ids[i]])
+
+    with torch.inference_mode():
+        return [one(i) for i in range(begin, len(ids))]
+
+
+@pytest.mark.parametrize("template", ["chat", "tulu"])
+def test_likelihoods_are_those_of_a_slow_loop(loaded: tuple[Any, Any], template: Any) -> None:
+    """Of the answer's own tokens alone: behind prompt and prefix, and without the end of the text."""
+    tokenizer = loaded[1]
+    asked = questions()
+    found = evaluate_model(HfBackend(*loaded, batch_size=3), asked, task="gsm8k", template=template, nats_only=True)
+    for example, nats, row in zip(asked, found.log_likelihoods, found.predictions, strict=True):
+        assert example.answer.startswith("Answer:") and len(example.answer) > len("Answer:")
+        # Every byte is a token, so that the prefix ends where a token does.
+        whole = tokenizer(render_prompt(tokenizer, template, example.prompt) + example.answer, add_special_tokens=False)
+        ids = [0, *(token for token in whole["input_ids"] if token != 0)]  # one BOS, whether the template has it or not
+        count = len(example.answer.removeprefix("Answer:").encode())
+        expected = slowly(loaded, ids, len(ids) - count)
+        assert nats == pytest.approx(sum(expected) / count, abs=1e-5)
+        assert row == {"id": example.id, "log_likelihood": round(nats, 4)}
+
+
+def test_likelihoods_of_continuations_token_by_token(loaded: tuple[Any, Any]) -> None:
+    asked = [
+        Continuation([0, 50, 51, 52], [60, 61]),
+        Continuation([0], [70, 71, 72, 73, 74]),
+        Continuation([0, 9], [8]),
+    ]
+    found = HfBackend(*loaded).continuation_logprobs(asked)
+    for one, row in zip(asked, found, strict=True):
+        assert row == pytest.approx(slowly(loaded, one.context + one.tokens, len(one.context)), abs=1e-5)
+
+
+def test_the_likelihood_of_a_choice_is_among_the_choices(backend: HfBackend) -> None:
+    found = evaluate_model(backend_with_letters(backend), choices(), task="mmlu", nats_only=True)
+    assert found.correct is not None  # choices are scored all the same
+    for row, nats, example in zip(found.predictions, found.log_likelihoods, choices(), strict=True):
+        chances = {letter: math.exp(value) for letter, value in row["log_probabilities"].items()}
+        expected = math.log(chances[example.reference["answer"]] / sum(chances.values()))
+        assert nats == pytest.approx(expected, abs=1e-4)
+        assert nats < 0
+
+
+def backend_with_letters(backend: HfBackend) -> HfBackend:
+    """The choices are tokens for it."""
+    tokenizer = copy.deepcopy(backend.tokenizer)
+    tokenizer.add_tokens([" A", " B", " C", " D"])
+    return HfBackend(backend._model, tokenizer, batch_size=2)
+
+
+@pytest.mark.parametrize(("examples", "task"), [(questions(), "gsm8k"), (programs(), "humaneval")])
+def test_likelihoods_alone_ask_for_no_generation(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, examples: list[Example], task: str
+) -> None:
+    """No answer, no score, nothing of how answers are made in the settings; the numbers are those of a whole run."""
+    how: Any = {"task": task, "decoding": SHORT, "sandbox_floor": "rlimits"}
+    whole = evaluate_model(backend, examples, **how)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("asked for an answer")
+
+    for name in ("generate", "next_token_logprobs"):
+        monkeypatch.setattr(HfBackend, name, refuse)
+    monkeypatch.setattr(pool, "judge", refuse)
+    found = evaluate_model(backend, examples, **how, nats_only=True, scratch=tmp_path)
+    assert (found.correct, found.pass_at_k) == (None, {})
+    assert found.log_likelihoods == whole.log_likelihoods
+    assert found.settings == {"backend": "hf", "dtype": "float32", "template": "chat"}
+    made = engine.metrics([("base", found)])
+    assert made["nats"] == pytest.approx(sum(whole.log_likelihoods) / len(examples))
+    assert not {"score", "stderr"} & (made.keys() | made["runs"][0].keys()) and "correct" not in made["runs"][0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sampling_is_seeded_and_independent_of_batches(loaded: tuple[Any, Any]) -> None:
@@ -268,8 +367,11 @@ def test_vllm_missing(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_score_and_standard_error() -> None:
-    found = engine.Evaluation("gsm8k", "accuracy", list("abcd"), [1.0, 0.0, 1.0, 1.0], {}, {}, [])
-    assert (found.score, found.stderr) == (75.0, 25.0)
+    likely = [-1.0, -2.0, -1.0, -1.0]
+    found = engine.Evaluation("gsm8k", "accuracy", list("abcd"), [1.0, 0.0, 1.0, 1.0], likely, {}, {}, []).run("base")
+    assert (found["score"], found["stderr"]) == (75.0, 25.0)
+    assert (found["nats"], found["nats_stderr"]) == (-1.25, 0.25)
+    assert found["log_likelihoods"] == likely
 
 
 @pytest.mark.parametrize(
@@ -279,9 +381,24 @@ def test_score_and_standard_error() -> None:
         (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),
         (questions(1) * 2, "gsm8k", "example q0: this id occurs twice in the test set"),
         (
-            [Example("gsm8k", "long", "x" * 600, "1", "Answer:", {"answer": "1"})],
+            [Example("gsm8k", "long", "x" * 490, "Answer: 1", "Answer:", {"answer": "1"})],
             "gsm8k",
-            "example long: 613 tokens of prompt and 12 new ones, the model's context is 512; lower --max-new-tokens, leave the example out or use another model",
+            "example long: 503 tokens of prompt and 12 new ones, the model's context is 512; lower --max-new-tokens, leave the example out or use another model",
+        ),
+        (
+            [Example("gsm8k", "long", "x" * 600, "Answer: 1", "Answer:", {"answer": "1"})],
+            "gsm8k",
+            "example long: 615 tokens with the reference answer, the model's context is 512; leave the example out or use another model",
+        ),
+        (
+            [Example("gsm8k", "odd", "x", "1", "Answer:", {"answer": "1"})],
+            "gsm8k",
+            "example odd: its answer does not begin with its `prefix` 'Answer:'; make the test set with `pkt prepare`",
+        ),
+        (
+            [Example("gsm8k", "bare", "x", "Answer:", "Answer:", {"answer": "1"})],
+            "gsm8k",
+            "example bare: its answer holds nothing behind the `prefix` 'Answer:'",
         ),
     ],
 )  # fmt: skip

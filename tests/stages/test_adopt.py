@@ -19,6 +19,7 @@ METRICS: dict[str, Any] = {
     "task": "gsm8k",
     "n": 5,
     "score": 40.0,
+    "nats": -0.5,
     "model": {"name": "target"},
     "settings": {"backend": "hf", "dtype": "float16", "max_new_tokens": 8, "template": "chat"},
 }
@@ -49,6 +50,13 @@ def test_settings_must_agree(settings: dict[str, Any], changes: dict[str, Any], 
     assert run(metrics, "gsm8k", replace(PARAMS, **changes)) == problem
 
 
+def test_a_score_is_missed_unless_likelihoods_suffice() -> None:
+    metrics = {name: value for name, value in METRICS.items() if name != "score"}
+    said = "has no score, this profile's `evaluate` does not say nats_only"
+    assert run(metrics, "gsm8k", PARAMS) == said
+    assert run(metrics, "gsm8k", replace(PARAMS, nats_only=True)) is None
+
+
 def test_another_task() -> None:
     assert run(METRICS, "mmlu", PARAMS) == "is of task 'gsm8k', not mmlu"
 
@@ -56,7 +64,7 @@ def test_another_task() -> None:
 @pytest.mark.parametrize("task", ["mmlu", "gsm8k", "humaneval", "mbpp"])
 def test_the_default_profile_would_adopt_its_own(task: str) -> None:
     params = build(EvaluateParams, read_settings(ROOT / "params.yaml", "evaluate", task=task), "params.yaml")
-    metrics = json.loads((ROOT / f"results/tiny/evaluate/target-chat/{task}.json").read_text())
+    metrics = json.loads((ROOT / f"results/tiny/evaluate/source-chat/{task}.json").read_text())
     assert run(metrics, task, params) is None
 
 
@@ -80,7 +88,7 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     given = ("--task", "gsm8k", "--metrics-in", tmp_path / "theirs.json", "--params", params)
     status, printed, err = pkt("adopt", *given, "--out", tmp_path / "ours.json")
     assert status == 0, err
-    assert printed.startswith("adopt: gsm8k 40.0 % of target ->")
+    assert printed.startswith("adopt: gsm8k -0.5000 nats of target ->")
     assert json.loads((tmp_path / "ours.json").read_text()) == METRICS
 
     params.write_text("evaluate: {backend: vllm, max_new_tokens: 8}\ntask: {gsm8k: {}}\n")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,17 +36,43 @@ def test_metrics_and_predictions(pkt: Run, target_folder: Path, test_set: Path, 
     out, predictions = tmp_path / "m.json", tmp_path / "p.jsonl"
     status, printed, err = pkt(*arguments(target_folder, test_set, out), "--predictions", predictions, "--limit", 3)
     assert status == 0, err
-    assert "% accuracy on 3 examples" in printed
+    assert re.search(r"% accuracy, -\d+\.\d{4} \+- \d+\.\d{4} nats on 3 examples", printed)
     found = json.loads(out.read_text())
     assert (found["task"], found["n"], found["ids"]) == ("gsm8k", 3, ["q0", "q1", "q2"])
     assert found["settings"]["max_new_tokens"] == 8
+    (run,) = found["runs"]
+    likely = run["log_likelihoods"]
+    assert len(likely) == len(run["correct"]) == 3
+    assert found["nats"] == run["nats"] == pytest.approx(sum(likely) / 3)
+    assert found["nats_stderr"] == run["nats_stderr"] == pytest.approx(statistics.stdev(likely) / 3**0.5)
     assert [run["label"] for run in found["runs"]] == ["base"]
     assert found["model"]["revision"].startswith("sha256:")
     assert str(tmp_path) not in out.read_text()
     assert [json.loads(line)["id"] for line in predictions.read_text().splitlines()] == found["ids"]
+    rounded = [round(nats, 4) for nats in likely]
+    assert [json.loads(line)["log_likelihood"] for line in predictions.read_text().splitlines()] == rounded
     again = tmp_path / "again.json"
     pkt(*arguments(target_folder, test_set, again), "--limit", 3)
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_likelihoods_without_answers(pkt: Run, target_folder: Path, test_set: Path, tmp_path: Path) -> None:
+    """They are the same, and nothing is said of right and wrong."""
+    whole, out, predictions = tmp_path / "whole.json", tmp_path / "m.json", tmp_path / "p.jsonl"
+    assert pkt(*arguments(target_folder, test_set, whole))[0] == 0
+    given = (*arguments(target_folder, test_set, out), "--nats-only", "--predictions", predictions)
+    status, printed, err = pkt(*given)
+    assert status == 0, err
+    assert re.match(r"evaluate: gsm8k -\d+\.\d{4} \+- \d+\.\d{4} nats on 4 examples ->", printed)
+    both, found = json.loads(whole.read_text()), json.loads(out.read_text())
+    assert found.keys() == both.keys() - {"score", "stderr"}
+    assert found["runs"][0].keys() == both["runs"][0].keys() - {"score", "stderr", "correct"}
+    for key in ("nats", "nats_stderr"):
+        assert found[key] == both[key]
+    assert found["runs"][0]["log_likelihoods"] == both["runs"][0]["log_likelihoods"]
+    assert found["settings"].keys() == {"backend", "dtype", "template"}
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert all(row.keys() == {"run", "id", "log_likelihood"} for row in rows)
 
 
 @pytest.fixture

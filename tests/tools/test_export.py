@@ -149,7 +149,7 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
         (source_folder, row / "seed_0", ("--adapter",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
          " in the adapter"),
         (target_folder, row, (*adapter, "--dtype", "float32"),
-         "--dtype and --allow-rounding-loss are for whole models; leave them out, or --adapter"),
+         "--dtype, --scale and --allow-rounding-loss are for whole models; leave them out, or --adapter"),
         (target_folder, row, (*adapter, "--device", "tpu9"),
          "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
     ):  # fmt: skip
