@@ -133,6 +133,27 @@ DELTA_RANGES = Kind(
         "counts": _spec("int64", "weight", "bin"),
     },
 )
+# What a pair of layers of two models computes on the same tokens, at the inputs of its projections: sums over tokens of
+# products and of either side's values, and of either side's own products the diagonal and the heads' blocks.
+CORRELATION = Kind(
+    "correlation",
+    "pkt correlate",
+    {
+        "{input}.cross": _spec(("float64", "float32"), "source_{input}", "target_{input}"),
+        "{input}.{side}.sum": _spec("float64", "{side}_{input}"),
+        "{input}.{side}.squares": _spec("float64", "{side}_{input}"),
+        "{input}.{side}.heads": _spec("float64", "{side}_head", "{side}_d_head", "{side}_d_head"),
+    },
+)
+FINAL_CORRELATION = Kind(
+    "final_correlation",
+    "pkt correlate",
+    {name: spec for name, spec in CORRELATION.tensors.items() if not name.endswith("heads")},
+)
+# All of either side's own sums of products, which whitening needs.
+GRAMS = Kind(
+    "grams", "pkt correlate", {"{input}.{side}": _spec(("float64", "float32"), "{side}_{input}", "{side}_{input}")}
+)
 # The weights of a mapping from source rows to target rows; their names and shapes are the mapping's own.
 MAPPING = Kind("mapping", "pkt align", {"{any}": _spec("float32", ...)})
 # Rows to add to the target's neurons; layers and neurons count in the target.

@@ -70,13 +70,20 @@ class CkaSums:
         else:
             self.cross, self.first, self.second = self.cross + cross, self.first + own[0], self.second + own[1]
 
-    def cka(self) -> Float64[Tensor, "first_layer second_layer"]:
+    def cka(self, without: float | None = None) -> Float64[Tensor, "first_layer second_layer"]:
         """The similarity of every pair of layers; 1 for equal features, about 0 for unrelated ones.
+
+        Args:
+            without: what a pair with a layer whose features do not vary gets; None: that is an error.
 
         Raises:
             ValueError: naming a model (`first` or `second`) and a layer whose features do not vary.
         """
         assert self.cross is not None and self.first is not None and self.second is not None
+        if without is not None:
+            scale = (self.first[:, None] * self.second).sqrt()
+            varies = (self.first[:, None] > 0) & (self.second > 0)
+            return torch.where(varies, self.cross / torch.where(varies, scale, 1.0), without)
         for name, own in (("first", self.first), ("second", self.second)):
             constant = (~(own > 0)).nonzero().flatten().tolist()
             if constant:

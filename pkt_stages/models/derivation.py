@@ -17,13 +17,17 @@ class Inputs:
     """What `pkt derive` was given; a method takes what it needs with `only`.
 
     Attributes:
+        base: what the source's training began with.
         submatrices: file of `pkt seek`.
+        correlation: folder of `pkt correlate`.
         delta: another row.
     """
 
     target: ModelRef | None = None
     source: ModelRef | None = None
+    base: ModelRef | None = None
     submatrices: Path | None = None
+    correlation: Path | None = None
     delta: Changes | None = None
 
     def only(self, *names: str) -> tuple[Any, ...]:

@@ -39,7 +39,9 @@ def derive(
     method: MethodName = None,
     target: Annotated[str | None, typer.Option(help="The target: model folder or hub name.")] = None,
     source: Annotated[str | None, typer.Option(help="The source: model folder or hub name.")] = None,
+    base: Annotated[str | None, typer.Option(help="What the source's training began with: folder or hub name.")] = None,
     submatrices: Annotated[Path | None, typer.Option(help="From `pkt seek`.")] = None,
+    correlation: Annotated[Path | None, typer.Option(help="Folder from `pkt correlate`.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Another row's folder, or a delta.")] = None,
 ) -> None:
     """Make a row without any training, by a file of pkt_stages/methods; it says what it takes."""
@@ -52,7 +54,9 @@ def derive(
     inputs = Inputs(
         target=resolve(target) if target is not None else None,
         source=resolve(source) if source is not None else None,
+        base=resolve(base) if base is not None else None,
         submatrices=submatrices,
+        correlation=correlation,
         delta=read_changes(delta) if delta is not None else None,
     )
     made = run(inputs, by)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pkt_stages.errors import UserError
 from pkt_stages.methods.random_delta import Params, derive
 from pkt_stages.models.adapters import Adapter
-from pkt_stages.models.changes import Change, Changes, SparseDelta, read_changes, write_changes
+from pkt_stages.models.changes import Change, Changes, DenseDelta, SparseDelta, read_changes, write_changes
 from pkt_stages.models.derivation import Inputs
 
 TARGET = {"name": "target", "revision": "a"}
@@ -48,6 +49,29 @@ def test_a_delta_of_equal_norm_at_the_same_neurons(tmp_path: Path) -> None:
     assert not torch.equal(*rows)
 
 
+def test_whole_weights_of_equal_norm(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": 10**i * torch.randn(6, 4, generator=generator) for i in range(2)}
+    inputs = Inputs(delta=row(tmp_path / "in", {"delta": DenseDelta(weights)}))
+    made, again, other = (derive(inputs, Params(seed)).changes["delta"] for seed in (0, 0, 1))
+    assert isinstance(made, DenseDelta) and made.weights.keys() == weights.keys()
+    for name, weight in weights.items():
+        found = made.weights[name]
+        assert (found.shape, found.dtype) == (weight.shape, torch.float32)
+        torch.testing.assert_close(found.norm(), weight.norm())
+        assert torch.cosine_similarity(found.flatten(), weight.flatten(), dim=0).abs() < 0.6
+        assert torch.equal(found, again.weights[name])  # type: ignore[union-attr]
+        assert not torch.equal(found, other.weights[name])  # type: ignore[union-attr]
+
+
+def test_several_changes_for_each(tmp_path: Path) -> None:
+    given = row(tmp_path / "in", deltas())
+    made = derive(Inputs(delta=given), Params(repeats=2)).changes
+    assert list(made) == ["e0_0", "e0_1", "e1_0", "e1_1"]
+    rows = [change["ffn_up"].rows for change in made.values()]  # type: ignore[index]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(rows, 2))
+
+
 def test_bad_input(tmp_path: Path) -> None:
     adapter = Adapter({"model.layers.0.mlp.up_proj": (torch.ones(1, 4), torch.ones(6, 1))}, 1.0)
     given = row(tmp_path / "lora", {"seed_0": adapter})
@@ -59,7 +83,7 @@ def test_bad_input(tmp_path: Path) -> None:
         ),
         (
             Inputs(delta=given),
-            f"{tmp_path / 'lora'}: its change 'seed_0' is low_rank; expected a sparse one, as of LaTen",
+            f"{tmp_path / 'lora'}: its change 'seed_0' is low-rank; expected a sparse or a dense one",
         ),
     ):
         with pytest.raises(UserError) as error:

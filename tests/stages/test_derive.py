@@ -50,11 +50,12 @@ def test_a_row_of_another_row(pkt: Run, tmp_path: Path) -> None:
     params.write_text(GRID)
     given = ("--params", params, "--method", "random", "--delta", tmp_path / "laten", "--out", tmp_path / "out")
     status, printed, err = pkt("derive", *given)
-    assert (status, err) == (0, "") and printed.startswith("derive: random_delta (seed 0), 2 changes -> ")
+    assert (status, err) == (0, "") and printed.startswith("derive: random_delta (seed 0, repeats 1), 2 changes -> ")
     assert sorted(files(tmp_path / "out")) == ["changes.json", "delta_0.safetensors", "delta_1.safetensors"]
     found = read_changes(tmp_path / "out")
     assert list(found.items) == ["x/1", "x/2"] and found.meta["target"] == target
-    assert found.meta["params"] == {"code": "random_delta", "seed": 0} and found.meta["of"]["method"] == "laten"
+    assert found.meta["params"] == {"code": "random_delta", "seed": 0, "repeats": 1}
+    assert found.meta["of"]["method"] == "laten"
 
 
 def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""Theseus (2602.12952): what training added to the source, carried over projection by projection (METHODS 11.3).
+
+Each projection gets the two orthogonal maps that bring the source's activations at its input and output nearest to the
+target's. Exact where those activations differ by an isometry. Delicate: the outputs of gate and up span no more than
+d_model < d_ff directions, so that their own map is arbitrary in the others; `shared_ffn` takes one map for the whole
+FFN from its neurons' coefficients instead. Where a map is short of full rank the rest of it is zero and the rank is
+noted down. `maps: random` is the control.
+
+Memory of one layer pair, 13B -> 7B: a map of the FFN [13824, 11008] in float64, 1.2 GB, its decomposition three times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from pkt_stages.core.transport import (
+    TOLERANCE,
+    Polar,
+    centred,
+    head_likeness,
+    head_map,
+    matched_heads,
+    polar,
+    random_isometry,
+    whitened,
+)
+from pkt_stages.errors import UserError
+from pkt_stages.models.changes import Change
+from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair
+from pkt_stages.models.derivation import Derived, Inputs
+from pkt_stages.models.folding import PROJECTIONS
+from pkt_stages.models.sites import Geometry
+from pkt_stages.models.transport import (
+    Maps,
+    Models,
+    Sides,
+    at_input,
+    at_output,
+    check_texts,
+    check_vocabulary,
+    identities,
+    opened,
+    transported,
+)
+from pkt_stages.params import option
+
+INPUT_OF = {
+    "attn_q": "attn_in",
+    "attn_k": "attn_in",
+    "attn_v": "attn_in",
+    "attn_o": "heads",
+    "ffn_gate": "ffn_in",
+    "ffn_up": "ffn_in",
+    "ffn_down": "neurons",
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """Settings of the method."""
+
+    vocabulary: bool = option(False, "Carry over what training added to embedding and head, too.")
+    whitening: float = option(0.0, "Exponent p of (A^T A)^-p and (B^T B)^-p in front of the maps.", ge=0, le=0.5)
+    centred: bool = option(False, "Activations without their mean.")
+    heads: bool = option(False, "One map per matched pair of heads, where heads are inputs or outputs.")
+    shared_ffn: bool = option(True, "One map for the whole FFN, from its neurons' coefficients.")
+    fold: bool = option(True, "Fold the norms' gains into the weights; false: as published, gains apart.")
+    maps: Literal["fitted", "random"] = option("fitted", "Maps from the texts, or a control's random ones.")
+    seeds: tuple[int, ...] = option((0,), "Of random maps: one change for each.")
+    tolerance: float = option(TOLERANCE, "Singular values up to this share of the largest are rounding.", ge=0, lt=1)
+
+
+def derive(inputs: Inputs, params: Params) -> Derived:
+    """Whole weights of every layer that has a partner, and of embedding and head if wanted.
+
+    Raises:
+        UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
+            correlation or differ in shape; too few texts; whitening without the correlation's grams; a vocabulary that
+            cannot be carried over.
+    """
+    target, source, base, folder = inputs.only("target", "source", "base", "correlation")
+    models, found = opened(target, source, base, fold=params.fold), Correlation(folder)
+    of_target, of_source, of_base = identities(models)
+    found.check(of_base, of_target)
+    if params.vocabulary:
+        check_vocabulary(models)
+    if params.whitening and not found.meta["params"]["grams"]:
+        raise UserError(f"{folder}: whitening needs either model's own sums, too; run `pkt correlate` with grams: true")
+    sizes = (models.base.sizes, models.target.sizes)
+    changes: dict[str, Change] = {}
+    ranks: dict[str, list[int]] = {}
+    if params.maps == "random":
+        for seed in params.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = {pair: random_maps(sizes, params, generator) for pair in found.pairs}
+            residual = random_isometry(sizes[0].d_model, sizes[1].d_model, generator) if params.vocabulary else None
+            label = "delta" if len(params.seeds) == 1 else f"seed_{seed}"
+            changes[label], _ = transported(models, found.pairs, drawn.__getitem__, residual)
+    else:
+        residual = None
+        if params.vocabulary:
+            whole = fitted(at_input(models, found.of(None), FINAL, (0, 0)), params)
+            residual, ranks["residual"] = whole.map, [whole.rank, whole.full_rank]
+        changes["delta"], more = transported(
+            models, found.pairs, lambda pair: fitted_maps(models, found, pair, params), residual
+        )
+        ranks |= more
+    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
+    return Derived(changes, of_target, of_source, meta=meta)
+
+
+def fitted(sides: Sides, params: Params) -> Polar:
+    """The orthogonal map of an activation."""
+    return polar(cross_of(sides, params), params.tolerance)
+
+
+def cross_of(sides: Sides, params: Params) -> Tensor:
+    """The cross-covariance that a map is made of, centred and whitened as the settings say."""
+    cross, grams = sides.cross, sides.grams
+    if params.centred:
+        cross = centred(cross, *sides.sums, sides.count)
+        if grams is not None:
+            own = [centred(g, s, s, sides.count) for g, s in zip(grams, sides.sums, strict=True)]
+            grams = (own[0], own[1])
+    return whitened(cross, *grams, params.whitening) if params.whitening and grams else cross
+
+
+def fitted_maps(models: Models, found: Correlation, pair: Pair, params: Params) -> Maps:
+    """The maps of one pair of layers, from what both compute on the texts.
+
+    Raises:
+        UserError: too few tokens for a map that they could determine.
+    """
+    sums = found.of(pair)
+    inputs = {name: at_input(models, sums, name, pair) for name in INPUTS}
+    partners: list[list[int]] | None = None
+    if params.heads:
+        sizes = models.base.sizes, models.target.sizes
+        likeness = head_likeness(sums.cross("heads"), sums.sums("heads"), sums.heads(), sums.count)
+        chosen = matched_heads(likeness, sizes[0].num_kv_heads, sizes[1].num_kv_heads)
+        partners = [[int(head)] if head >= 0 else [] for head in chosen]
+    by_input = {name: fitted(sides, params) for name, sides in inputs.items()}
+    if partners is not None:
+        by_input["heads"] = head_map(inputs["heads"].cross, partners, models.base.sizes.num_heads, params.tolerance)
+    for name, made in by_input.items():
+        check_texts(found, made, f"{name} of layers {pair[0]}-{pair[1]}")
+    by_output = {}
+    for weight in PROJECTIONS:
+        if weight in ("ffn_gate", "ffn_up") and params.shared_ffn:
+            by_output[weight] = by_input["neurons"]
+            continue
+        sides = at_output(models, inputs[INPUT_OF[weight]], weight, pair)
+        if partners is not None and weight in ("attn_q", "attn_k", "attn_v"):
+            by_output[weight] = _by_heads(sides.cross, partners, weight, models, params.tolerance)
+        else:
+            by_output[weight] = fitted(sides, params)
+    ranks = {f"{name}.in": (p.rank, p.full_rank) for name, p in by_input.items()}
+    ranks |= {f"{weight}.out": (p.rank, p.full_rank) for weight, p in by_output.items()}
+    into = {weight: by_input[INPUT_OF[weight]].map for weight in PROJECTIONS}
+    return Maps({weight: p.map for weight, p in by_output.items()}, into, ranks)
+
+
+def _by_heads(cross: Tensor, partners: list[list[int]], weight: str, models: Models, tolerance: float) -> Polar:
+    """The map of the outputs of q, or of k or v, whose heads are those of the matched groups."""
+    source, target = models.base.sizes, models.target.sizes
+    if weight == "attn_q":
+        return head_map(cross, partners, source.num_heads, tolerance)
+    groups = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads
+    shared: list[list[int]] = []
+    for first in range(0, target.num_heads, groups[1]):
+        found = {head // groups[0] for heads in partners[first : first + groups[1]] for head in heads}
+        shared.append(sorted(found))
+    return head_map(cross, shared, source.num_kv_heads, tolerance)
+
+
+def random_maps(sizes: tuple[Geometry, Geometry], params: Params, generator: Generator) -> Maps:
+    """Random isometries of the same sizes, shared where the fitted ones are."""
+
+    def drawn(width: str, of: int | None = None) -> Tensor:
+        side = [s.weight_shape(width)[1 if of is None else of] for s in sizes]
+        return random_isometry(side[0], side[1], generator)
+
+    inputs = {name: drawn(weight) for name, weight in INPUTS.items()}
+    output = {
+        weight: inputs["neurons"] if weight in ("ffn_gate", "ffn_up") and params.shared_ffn else drawn(weight, 0)
+        for weight in PROJECTIONS
+    }
+    return Maps(output, {weight: inputs[INPUT_OF[weight]] for weight in PROJECTIONS})

@@ -1,0 +1,272 @@
+"""What two models compute on the same tokens, summed up: enough for every map between them (METHODS 11).
+
+Five activations of a layer pair, each the input of a projection, which together with the weights give those at the
+outputs as well: in front of q, k and v (`attn_in`), of o (`heads`), of gate and up (`ffn_in`), of down (`neurons`); and
+once for the whole model in front of the head (`final`). Sums are float64, over streamed minibatches: memory depends on
+the widths and on how many pairs are summed up at once, not on the texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages import artifacts
+from pkt_stages.core.similarity import CkaSums, centred_gram
+from pkt_stages.errors import UserError
+from pkt_stages.models.batches import padded, padding_mask
+from pkt_stages.models.losses import home
+from pkt_stages.models.sites import geometry, module_name
+from pkt_stages.progress import track
+
+LIST = "correlation.json"
+# By activation the weight whose input it is.
+INPUTS = {"attn_in": "attn_q", "heads": "attn_o", "ffn_in": "ffn_gate", "neurons": "ffn_down"}
+FINAL = "final"
+SIDES = ("source", "target")
+Pair = tuple[int, int]  # (source layer, target layer)
+
+
+@torch.no_grad()
+def block_similarity(models: Sequence[Any], batches: Sequence[Sequence[list[int]]]) -> Tensor:
+    """Linear CKA [source layer, target layer] of what every layer adds to the residual stream, over all tokens.
+
+    A layer that adds nothing has similarity 0.
+
+    Raises:
+        UserError: a minibatch of fewer than 4 tokens.
+    """
+    sums = CkaSums()
+    for batch in track(batches, "minibatches for the layers' similarity"):
+        grams = []
+        for model in models:
+            with _kept(model, _added_by_layers(model)) as kept:
+                mask = _run(model, batch)
+            try:
+                added = [centred_gram((after - before)[mask].float()) for before, after in kept.values()]
+            except ValueError as error:
+                raise UserError(f"{error}; use longer texts, or more of them") from None
+            grams.append(torch.stack([gram.to(home(models[0])) for gram in added]))
+        sums.add(grams[0], grams[1])
+    return sums.cka(without=0.0).cpu()
+
+
+@dataclass
+class Sums:
+    """Of one activation of a pair: over tokens, of source times target, and of either side."""
+
+    cross: Tensor
+    sums: tuple[Tensor, Tensor]
+    grams: tuple[Tensor, Tensor] | None
+    squares: tuple[Tensor, Tensor]
+    heads: tuple[Tensor, Tensor] | None
+
+
+@torch.no_grad()
+def correlate(
+    models: Sequence[Any],
+    batches: Sequence[Sequence[list[int]]],
+    pairs: Sequence[Pair],
+    *,
+    grams: bool,
+) -> dict[Pair | None, dict[str, Sums]]:
+    """Sums over all tokens by pair and activation, and under None those in front of the head.
+
+    Args:
+        models: source and target.
+        batches: token ids of texts, some at a time.
+        grams: keep either side's own sums of products whole, too.
+    """
+    sizes = [geometry(model.config) for model in models]
+    found: dict[Pair | None, dict[str, Sums]] = {}
+    for batch in track(batches, "minibatches for the sums"):
+        kept = []
+        for side, model in enumerate(models):
+            layers = sorted({pair[side] for pair in pairs})
+            with _kept(model, _inputs(model, layers)) as inputs:
+                mask = _run(model, batch)
+            kept.append({name: value[0][mask].double() for name, value in inputs.items()})
+        for pair in (*pairs, None):
+            for name in INPUTS if pair is not None else (FINAL,):
+                keys = [(name, pair[side] if pair is not None else None) for side in range(2)]
+                a, b = kept[0][keys[0]], kept[1][keys[1]].to(kept[0][keys[0]].device)
+                heads = [s.d_head for s in sizes] if name == "heads" else None
+                _add(found.setdefault(pair, {}), name, a, b, heads, grams)
+    return found
+
+
+def _add(into: dict[str, Sums], name: str, a: Tensor, b: Tensor, heads: list[int] | None, grams: bool) -> None:
+    both = (a, b)
+    new = Sums(
+        cross=a.mT @ b,
+        sums=(a.sum(0), b.sum(0)),
+        grams=(a.mT @ a, b.mT @ b) if grams else None,
+        squares=(a.square().sum(0), b.square().sum(0)),
+        heads=None,
+    )
+    if heads is not None:
+        split = [x.unflatten(1, (-1, d_head)).transpose(0, 1) for x, d_head in zip(both, heads, strict=True)]
+        new.heads = (split[0].mT @ split[0], split[1].mT @ split[1])
+    if name not in into:
+        into[name] = new
+        return
+    old = into[name]
+    old.cross += new.cross
+    for field in ("sums", "squares", "grams", "heads"):
+        for total, part in zip(getattr(old, field) or (), getattr(new, field) or (), strict=True):
+            total += part
+
+
+def _run(model: Any, batch: Sequence[list[int]]) -> Tensor:
+    """One forward pass; which places of the padded batch are tokens, [text, token]."""
+    ids, mask = padded(batch, 0).to(home(model)), padding_mask(batch).to(home(model))
+    model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return mask.bool()
+
+
+Place = Any  # what an activation is kept under
+
+
+def _inputs(model: Any, layers: Sequence[int]) -> Iterator[tuple[Place, Any, bool]]:
+    for layer in layers:
+        for name, weight in INPUTS.items():
+            yield (name, layer), model.get_submodule(module_name(weight, layer)), False
+    yield (FINAL, None), model.get_submodule("model.norm"), True
+
+
+def _added_by_layers(model: Any) -> Iterator[tuple[Place, Any, bool]]:
+    for number, layer in enumerate(model.model.layers):
+        yield number, layer, False
+        yield number, layer, True
+
+
+@contextmanager
+def _kept(model: Any, places: Iterator[tuple[Place, Any, bool]]) -> Iterator[dict[Place, list[Tensor]]]:
+    """Within the context the modules' inputs, or outputs where the flag says so, are kept in order by place."""
+    kept: dict[Place, list[Tensor]] = {}
+
+    def before(place: Place) -> Any:
+        return lambda _module, inputs: kept.setdefault(place, []).append(inputs[0])
+
+    def after(place: Place) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            kept.setdefault(place, []).append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(after(place)) if output else module.register_forward_pre_hook(before(place))
+        for place, module, output in places
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_pair(folder: Path, pair: Pair | None, sums: Mapping[str, Sums], dtype: str, meta: Mapping[str, Any]) -> None:
+    """Write what belongs to one pair of layers (None: in front of the head) into the folder of a correlation."""
+    kind = getattr(torch, dtype)
+    tensors, grams = {}, {}
+    for name, found in sums.items():
+        tensors[f"{name}.cross"] = found.cross.to(kind)
+        for number, side in enumerate(SIDES):
+            tensors[f"{name}.{side}.sum"] = found.sums[number]
+            tensors[f"{name}.{side}.squares"] = found.squares[number]
+            if found.heads is not None:
+                tensors[f"{name}.{side}.heads"] = found.heads[number]
+            if found.grams is not None:
+                grams[f"{name}.{side}"] = found.grams[number].to(kind)
+    artifacts.save(folder / _file(pair), artifacts.CORRELATION if pair else artifacts.FINAL_CORRELATION, tensors, meta)
+    if grams:
+        artifacts.save(folder / f"grams_{_file(pair)}", artifacts.GRAMS, grams, meta)
+
+
+def _file(pair: Pair | None) -> str:
+    return "final.safetensors" if pair is None else f"layer_{pair[1]:03d}.safetensors"
+
+
+class Correlation:
+    """What `pkt correlate` left: sums by pair of layers, each read when asked for.
+
+    Attributes:
+        pairs: (source, target) layers.
+        count: tokens.
+        meta: as written: `source`, `target` (identities), `params`, `similarity`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: no such folder, or a damaged one.
+        """
+        self.path = folder
+        path = folder / LIST
+        try:
+            self.meta: Mapping[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            self.pairs: list[Pair] = [(int(s), int(t)) for s, t in self.meta["pairs"]]
+            self.count = int(self.meta["num_tokens"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{path}: not a readable correlation ({why}); make it with `pkt correlate`") from None
+
+    def check(self, source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+        """Raise UserError unless it is of these models (`load.identity`)."""
+        for side, found in (("source", source), ("target", target)):
+            made = self.meta[side]
+            if made["revision"] != found["revision"]:
+                raise UserError(
+                    f"{self.path}: of the {side} {made['name']} at {made['revision']}, found {found['name']} at"
+                    f" {found['revision']}; run `pkt correlate` on these models"
+                )
+
+    def of(self, pair: Pair | None) -> PairSums:
+        return PairSums(self, pair)
+
+
+class PairSums:
+    """The sums of one pair of layers, or in front of the head."""
+
+    def __init__(self, whole: Correlation, pair: Pair | None) -> None:
+        self._whole, self._pair = whole, pair
+        self.count = whole.count
+
+    @cached_property
+    def _sums(self) -> artifacts.Artifact:
+        kind = artifacts.CORRELATION if self._pair else artifacts.FINAL_CORRELATION
+        return artifacts.load(self._whole.path / _file(self._pair), kind)
+
+    @property
+    def has_grams(self) -> bool:
+        return bool(self._whole.meta["params"]["grams"])
+
+    @cached_property
+    def _grams(self) -> artifacts.Artifact:
+        return artifacts.load(self._whole.path / f"grams_{_file(self._pair)}", artifacts.GRAMS)
+
+    def cross(self, name: str) -> Tensor:
+        """Sums of products of an activation, [source, target] float64."""
+        return self._sums[f"{name}.cross"].double()
+
+    def sums(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._sums[f"{name}.source.sum"], self._sums[f"{name}.target.sum"]
+
+    def squares(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._sums[f"{name}.source.squares"], self._sums[f"{name}.target.squares"]
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Either side's heads' own sums of products, [head, d_head, d_head]."""
+        return self._sums["heads.source.heads"], self._sums["heads.target.heads"]
+
+    def grams(self, name: str) -> tuple[Tensor, Tensor]:
+        """Either side's own sums of products, if they were kept (`has_grams`)."""
+        return self._grams[f"{name}.source"].double(), self._grams[f"{name}.target"].double()

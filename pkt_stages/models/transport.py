@@ -1,0 +1,231 @@
+"""What training added to the source, carried over to the target's weights (METHODS 11).
+
+Both models' norm gains are folded into the weights behind them, as weights of x / |x|: W * gain * sqrt(d). So an
+orthogonal map of the residual stream commutes with the norms, whatever the widths, and the change that comes out is
+divided by the target's own gain again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkt_stages.core.transport import Polar
+from pkt_stages.errors import UserError
+from pkt_stages.models.changes import DenseDelta
+from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
+from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
+from pkt_stages.models.load import ModelRef, identity
+from pkt_stages.models.sites import module_name
+from pkt_stages.progress import track
+
+VOCABULARY = ("embedding", "head")
+
+
+class Units:
+    """A map between units one by one: by target unit its source unit, -1 for none. Carries as a 0-1 matrix would."""
+
+    def __init__(self, source_of: Tensor) -> None:
+        self.source_of = source_of
+
+    def rows(self, change: Tensor) -> Tensor:
+        """T^T times a change [source unit, ...]: [target unit, ...]; zero where there is no source unit."""
+        found = change[self.source_of.clamp(min=0)]
+        found[self.source_of < 0] = 0
+        return found
+
+
+Map = Tensor | Units | None  # [source, target]; None: both are the same
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps of one pair of layers, by weight: at its output and at its input.
+
+    Attributes:
+        ranks: of maps that data determine, by what they map: (rank, full rank).
+    """
+
+    output: Mapping[str, Map]
+    input: Mapping[str, Map]
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def carried(change: Tensor, output: Map, input: Map) -> Tensor:
+    """T_out^T dW T_in."""
+    return _rows(_rows(change, output).mT, input).mT
+
+
+def _rows(change: Tensor, map: Map) -> Tensor:
+    if map is None:
+        return change
+    return map.rows(change) if isinstance(map, Units) else map.mT @ change
+
+
+@dataclass(frozen=True)
+class Models:
+    """The target, and the source's trained and base model; see `opened`.
+
+    Attributes:
+        fold: whether changes are of folded weights; else of the weights as they are, gains apart.
+    """
+
+    target: Folded
+    tuned: Folded
+    base: Folded
+    fold: bool = True
+
+    def change(self, weight: str, layer: int = 0) -> Tensor:
+        """What training added to a weight of the source, [out, in]; folded where it reads the residual stream."""
+        if not self.fold:
+            return self.tuned.stored(weight, layer) - self.base.stored(weight, layer)
+        scale = self.base.sizes.d_model**0.5 if weight in NORM_OF else 1.0
+        return (self.tuned.weight(weight, layer) - self.base.weight(weight, layer)) * scale
+
+    def gain_change(self, weight: str, layer: int) -> Tensor:
+        """The same of the gain [d_model] in front of a weight."""
+        return self.tuned.gain(weight, layer) - self.base.gain(weight, layer)
+
+    def bias_change(self, weight: str, layer: int) -> Tensor | None:
+        """The same of a projection's bias [out]; None if either model has none."""
+        found = [model.bias(weight, layer) for model in (self.tuned, self.base)]
+        if found[0] is None or found[1] is None or self.target.bias(weight, 0) is None:
+            return None
+        return found[0] - found[1]
+
+    def as_stored(self, weight: str, layer: int, change: Tensor) -> Tensor:
+        """A change of a folded weight of the target as one of the weight that it stores."""
+        if weight not in NORM_OF or not self.fold:
+            return change
+        return change / (self.target.gain(weight, layer) * self.target.sizes.d_model**0.5)
+
+
+def opened(target: ModelRef, tuned: ModelRef, base: ModelRef, *, fold: bool = True) -> Models:
+    """The three models.
+
+    Raises:
+        UserError: the source's two models differ in shape, or as `Folded`.
+    """
+    models = Models(Folded(target), Folded(tuned), Folded(base), fold)
+    if (first := models.tuned.sizes) != (second := models.base.sizes):
+        name = next(name for name in vars(first) if getattr(first, name) != getattr(second, name))
+        raise UserError(
+            f"{tuned.location}: {name} {getattr(first, name)}, its base model {base.location} has"
+            f" {getattr(second, name)}; what training added is the difference of two models of one shape"
+        )
+    return models
+
+
+def check_vocabulary(models: Models) -> None:
+    """Raise UserError unless embedding and head can be carried over."""
+    have, want = models.base.sizes.vocab_size, models.target.sizes.vocab_size
+    if have != want:
+        raise UserError(f"vocabulary: the source has {have} tokens, the target {want}; set vocabulary: false")
+    if models.target.tied:
+        raise UserError(
+            f"{models.target.ref.location}: its head is its embedding, which get different changes; set"
+            " vocabulary: false"
+        )
+
+
+def transported(
+    models: Models,
+    pairs: list[Pair],
+    maps_of: Callable[[Pair], Maps],
+    residual: Map,
+) -> tuple[DenseDelta, dict[str, list[int]]]:
+    """What training added to the source's paired layers as a change of the target's, and the maps' ranks by name.
+
+    Args:
+        maps_of: the maps of a pair.
+        residual: of the residual stream, for embedding and head; None: those stay as they are.
+    """
+    weights: dict[str, Tensor] = {}
+    ranks: dict[str, list[int]] = {}
+    for pair in track(pairs, "layer pairs"):
+        maps = maps_of(pair)
+        ranks |= {f"layer_{pair[1]}.{name}": list(found) for name, found in maps.ranks.items()}
+        for weight in PROJECTIONS:
+            output, into = maps.output[weight], maps.input[weight]
+            change = carried(models.change(weight, pair[0]), output, into)
+            module = module_name(weight, pair[1])
+            weights[f"{module}.weight"] = models.as_stored(weight, pair[1], change).float()
+            if (bias := models.bias_change(weight, pair[0])) is not None:
+                weights[f"{module}.bias"] = _rows(bias[:, None], output)[:, 0].float()
+        if not models.fold:
+            for weight in ("attn_q", "ffn_gate"):
+                gain = _rows(models.gain_change(weight, pair[0])[:, None], maps.input[weight])[:, 0]
+                weights[f"{NORM_OF[weight].format(pair[1])}.weight"] = gain.float()
+    if residual is not None:
+        for weight in VOCABULARY:
+            change = carried(models.change(weight), None, residual)
+            weights[f"{module_name(weight, 0)}.weight"] = models.as_stored(weight, 0, change).float()
+        if not models.fold:
+            gain = _rows(models.gain_change("head", 0)[:, None], residual)[:, 0]
+            weights[f"{NORM_OF['head']}.weight"] = gain.float()
+    return DenseDelta(weights), ranks
+
+
+def at_input(models: Models, sums: PairSums, name: str, pair: Pair) -> Sides:
+    """What a correlation says of an activation, without the gain of the norm that made it if `models.fold`."""
+    weight = "head" if name == FINAL else INPUTS[name]
+    cross, totals = sums.cross(name), sums.sums(name)
+    grams = sums.grams(name) if sums.has_grams else None
+    if weight in NORM_OF and models.fold:
+        gains = [model.gain(weight, layer) for model, layer in zip((models.base, models.target), pair, strict=True)]
+        cross = cross / torch.outer(*gains)
+        totals = (totals[0] / gains[0], totals[1] / gains[1])
+        if grams is not None:
+            grams = (grams[0] / torch.outer(gains[0], gains[0]), grams[1] / torch.outer(gains[1], gains[1]))
+    return Sides(cross, totals, grams, sums.count)
+
+
+def at_output(models: Models, inputs: Sides, weight: str, pair: Pair) -> Sides:
+    """The same of a projection's output: it is linear in its input."""
+    both = list(zip((models.base, models.target), pair, strict=True))
+    first, second = (m.weight(weight, n) if models.fold else m.stored(weight, n) for m, n in both)
+    biases = [m.bias(weight, n) for m, n in both]
+    b, c = (x if x is not None else torch.zeros(len(w)).double() for x, w in zip(biases, (first, second), strict=True))
+    n, ((s, t)) = inputs.count, inputs.sums
+    grams = None
+    if inputs.grams is not None:
+        grams = (
+            _affine(inputs.grams[0], first, first, b, b, s, s, n),
+            _affine(inputs.grams[1], second, second, c, c, t, t, n),
+        )
+    cross = _affine(inputs.cross, first, second, b, c, s, t, n)
+    return Sides(cross, (first @ s + n * b, second @ t + n * c), grams, n)
+
+
+def _affine(products: Tensor, w: Tensor, v: Tensor, b: Tensor, c: Tensor, s: Tensor, t: Tensor, count: int) -> Tensor:
+    """Sums of (W x + b)(V y + c)^T from those of x y^T, x and y."""
+    crossed = torch.outer(w @ s, c) + torch.outer(b, v @ t)
+    return w @ products @ v.mT + crossed + count * torch.outer(b, c)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Of one activation on `count` tokens: sums of source times target, of either side, of either side's products."""
+
+    cross: Tensor
+    sums: tuple[Tensor, Tensor]
+    grams: tuple[Tensor, Tensor] | None
+    count: int
+
+
+def check_texts(correlation: Correlation, found: Polar, what: str) -> None:
+    """Raise UserError if a map is short of full rank for want of tokens."""
+    if found.rank < found.full_rank and correlation.count < 2 * found.full_rank:
+        raise UserError(
+            f"{correlation.path}: {correlation.count} tokens give the map of {what} rank {found.rank} of"
+            f" {found.full_rank}; run `pkt correlate` on more texts"
+        )
+
+
+def identities(models: Models) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """Of target, trained and base source (`load.identity`)."""
+    return identity(models.target.ref), identity(models.tuned.ref), identity(models.base.ref)

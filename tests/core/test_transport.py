@@ -1,0 +1,156 @@
+"""Maps and pairings on cases done by hand, on known isometries, and against the numbers of Theseus' own code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pkt_stages.core import transport
+
+GOLDEN = Path(__file__).parents[1] / "golden/transport"
+
+
+@pytest.fixture(scope="module")
+def theseus() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "I_theseus.safetensors")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_polar_by_hand() -> None:
+    """Turning by 90 degrees and stretching: the map is the turn."""
+    found = transport.polar(torch.tensor([[0.0, -3.0], [0.5, 0.0]]))
+    assert torch.equal(found.map.round(decimals=12), torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double())
+    assert (found.rank, found.full_rank) == (2, 2)
+    # What the data do not determine stays zero: one direction only.
+    found = transport.polar(torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert torch.equal(found.map.abs(), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).double())
+    assert (found.rank, found.full_rank) == (1, 2)
+
+
+@pytest.mark.parametrize("case", ["narrow", "mixed", "few", "iso_wide", "iso_narrow"])
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("centre", [False, True])
+def test_theseus(theseus: dict[str, Tensor], case: str, power: float, centre: bool) -> None:
+    """Maps and transported changes of weight and bias equal those of the authors' code to 1e-8."""
+    maps = {}
+    for side in ("in", "out"):
+        a, b = theseus[f"{case}.A_{side}"], theseus[f"{case}.B_{side}"]
+        sums, grams, cross = (a.sum(0), b.sum(0)), (a.mT @ a, b.mT @ b), a.mT @ b
+        if centre:
+            cross = transport.centred(cross, *sums, len(a))
+            grams = (
+                transport.centred(grams[0], sums[0], sums[0], len(a)),
+                transport.centred(grams[1], sums[1], sums[1], len(a)),
+            )
+        maps[side] = transport.polar(transport.whitened(cross, *grams, power), tolerance=1e-7).map
+    key = f"{case}.p{100 * power:02.0f}.{'cent' if centre else 'raw'}"
+    det = "_det" if case == "few" else ""
+    for side, found in maps.items():
+        assert torch.allclose(found, theseus[f"{key}.T_{side}{det}"], atol=1e-8)
+    change = maps["out"].mT @ theseus[f"{case}.dW"] @ maps["in"]
+    assert torch.allclose(change, theseus[f"{key}.dW_t{det}"], atol=1e-8)
+    assert torch.allclose(theseus[f"{case}.db"] @ maps["out"], theseus[f"{key}.db_t{det}"], atol=1e-8)
+
+
+@pytest.mark.parametrize(("case", "heads"), [("q6to4", (6, 4)), ("kv2to8", (2, 8))])
+def test_theseus_by_heads(theseus: dict[str, Tensor], case: str, heads: tuple[int, int]) -> None:
+    a, b = theseus[f"gqa.{case}.A"], theseus[f"gqa.{case}.B"]
+    pairs = transport.paired_by_order(*heads)
+    for name, cross in (("raw", a.mT @ b), ("cent", transport.centred(a.mT @ b, a.sum(0), b.sum(0), len(a)))):
+        found = transport.head_map(cross, pairs, heads[0])
+        assert torch.allclose(found.map.float(), theseus[f"gqa.{case}.{name}.T_out"], atol=1e-6)
+        outside = theseus[f"gqa.{case}.{name}.dW_t_outside"]
+        assert torch.allclose(found.map.mT @ theseus[f"gqa.{case}.dW"], outside, atol=1e-5)
+
+
+def test_heads_are_paired_in_order_or_several_to_one() -> None:
+    assert transport.paired_by_order(6, 4) == [[0, 1], [2], [3, 4], [5]]
+    assert transport.paired_by_order(2, 8) == [[0]] * 4 + [[1]] * 4
+    assert transport.paired_by_order(3, 3) == [[0], [1], [2]]
+
+
+def test_a_head_without_partner_gets_no_map() -> None:
+    found = transport.head_map(drawn(4, 6), [[1], [], [0]], 2)
+    assert found.map.shape == (4, 6) and (found.rank, found.full_rank) == (4, 4)
+    assert not found.map[:, 2:4].any() and not found.map[:2, :2].any() and not found.map[2:, 4:].any()
+
+
+@pytest.mark.parametrize(("d_source", "d_target"), [(5, 3), (3, 5), (4, 4)])
+def test_a_random_isometry_is_one_and_depends_on_the_seed(d_source: int, d_target: int) -> None:
+    made = [transport.random_isometry(d_source, d_target, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    small = made[0].mT @ made[0] if d_source >= d_target else made[0] @ made[0].mT
+    assert torch.allclose(small, torch.eye(min(d_source, d_target)).double())
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_correlation_is_pearsons_and_zero_for_constants() -> None:
+    a, b = drawn(50, 3), drawn(50, 2, seed=1)
+    a[:, 2] = 7.0
+    found = transport.correlation(a.mT @ b, (a.sum(0), b.sum(0)), (a.square().sum(0), b.square().sum(0)), len(a))
+    expected = torch.corrcoef(torch.cat([a[:, :2], b], 1).mT)[:2, 2:]
+    assert torch.allclose(found[:2], expected) and not found[2].any()
+
+
+def test_assignment_leaves_over_what_has_no_partner() -> None:
+    similarity = torch.tensor([[0.9, 0.8, 0.0], [0.8, 0.1, 0.0]])
+    assert transport.assignment(similarity).tolist() == [1, 0, -1]  # 1.6, not 1.0
+    assert transport.assignment(similarity.mT).tolist() == [1, 0]
+
+
+def test_head_likeness_is_linear_cka() -> None:
+    """A head turned and scaled is alike, an unrelated one hardly, one without output not at all."""
+    a = drawn(200, 6)
+    a[:, 4:] = 0
+    turn = transport.random_isometry(2, 2, torch.Generator().manual_seed(5))
+    b = torch.cat([drawn(200, 2, seed=9), 3 * a[:, :2] @ turn], 1)
+
+    def grams(x: Tensor) -> Tensor:
+        blocks = x.unflatten(1, (-1, 2)).transpose(0, 1)
+        return blocks.mT @ blocks
+
+    found = transport.head_likeness(a.mT @ b, (a.sum(0), b.sum(0)), (grams(a), grams(b)), len(a))
+    assert found.shape == (3, 2)
+    assert found[0, 1] == pytest.approx(1) and found[1, 0] < 0.1 and not found[2].any()
+
+
+def test_heads_are_matched_within_matched_groups() -> None:
+    """Two groups of two heads: the second target group is like the first source group, its heads swapped."""
+    likeness = torch.zeros(4, 4)
+    likeness[0, 3] = likeness[1, 2] = 0.6
+    likeness[2, 0] = likeness[3, 1] = 0.5
+    likeness[2, 3] = 1.0  # alone: its group is a worse whole
+    assert transport.matched_heads(likeness, 2, 2).tolist() == [2, 3, 1, 0]
+    # A target with one key/value head a query head, from a source whose groups are larger, and with fewer of them.
+    assert transport.matched_heads(torch.eye(4)[:2], 1, 4).tolist() == [0, -1, -1, -1]
+
+
+def test_proportional_pairs_are_theseus() -> None:
+    for name, sources in json.loads((GOLDEN / "pairs.json").read_text()).items():
+        num_source, num_target = map(int, name.split("->"))
+        assert transport.proportional_pairs(num_source, num_target) == [(s, t) for t, s in enumerate(sources)]
+
+
+@pytest.mark.parametrize(("num_source", "num_target"), [(5, 3), (3, 5), (4, 4), (6, 1)])
+def test_order_preserving_pairs_are_the_best_of_all(num_source: int, num_target: int) -> None:
+    similarity = drawn(num_source, num_target, seed=num_source)
+    few = min(num_source, num_target)
+    every = itertools.product(
+        itertools.combinations(range(num_source), few), itertools.combinations(range(num_target), few)
+    )
+    best = max(float(sum(similarity[i, j] for i, j in zip(*chosen, strict=True))) for chosen in every)
+    pairs = transport.order_preserving_pairs(similarity)
+    assert sum(float(similarity[i, j]) for i, j in pairs) == pytest.approx(best)
+    assert len(pairs) == few and pairs == sorted(pairs) and len({j for _, j in pairs}) == few
+
+
+def test_equal_layers_take_the_earliest() -> None:
+    assert transport.order_preserving_pairs(torch.zeros(4, 2)) == [(0, 0), (1, 1)]

@@ -1,0 +1,288 @@
+"""Own, matched and Theseus through their commands, on a random model and the same model in another shape."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pkt_stages.examples import write_jsonl
+from tests.stages.test_reexpress import make
+
+Run = Callable[..., tuple[int, str, str]]
+LARGER = ("--num-layers", 4, "--d-model", 96, "--d-ff", 56, "--num-heads", 8, "--num-kv-heads", 4)
+
+
+def trained(folder: Path, base: Path) -> Path:
+    """What training might make of a model: every weight and gain a little different."""
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: weight + 0.02 * torch.randn(weight.shape, generator=generator)
+        for name, weight in load_file(base / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def texts(path: Path, count: int = 24) -> Path:
+    draw = random.Random(0)
+    letters = string.ascii_letters + string.digits + " .,;:+-"  # more than the model is wide: each is a token
+    write_jsonl(path, [{"text": "".join(draw.choices(letters, k=60))} for _ in range(count)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a trained model with grouped queries and biases, and both written again; sums over texts."""
+    from pkt_stages.__main__ import main
+
+    folder = tmp_path_factory.mktemp("transport")
+    base = make(folder / "base", "llama, biases")
+    trained(folder / "tuned", base)
+
+    def run(*arguments: object) -> None:
+        before, sys.argv = sys.argv, ["pkt", *map(str, arguments)]
+        with pytest.raises(SystemExit) as stop:
+            main()
+        sys.argv = before
+        assert not stop.value.code
+
+    for name in ("base", "tuned"):
+        run("reexpress", "--model", folder / name, "--out", folder / f"re-{name}", *LARGER)
+        run("reexpress", "--model", folder / name, "--out", folder / f"turned-{name}")
+    texts(folder / "texts.jsonl")
+    for source in ("base", "re-base", "turned-base"):
+        run(
+            *("correlate", "--source", folder / source, "--target", base, "--texts", folder / "texts.jsonl"),
+            *("--num-texts", 24, "--out", folder / f"sums-{source}"),
+        )
+    return folder
+
+
+def derive(pkt: Run, parent: Path, code: str, source: str, out: Path, **settings: Any) -> tuple[int, str, str]:
+    """Runs `pkt derive` with the base and tuned model that begin with `source`."""
+    given = [f"--set={name}={value}" for name, value in settings.items()]
+    return pkt(
+        *("derive", "--code", code, "--target", parent / "base", "--source", parent / f"{source}tuned"),
+        *("--base", parent / f"{source}base", "--correlation", parent / f"sums-{source}base", "--out", out, *given),
+    )
+
+
+def change(row: Path, number: int = 0) -> dict[str, Tensor]:
+    return load_file(row / f"delta_{number}.safetensors")
+
+
+def own(pkt: Run, parent: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
+    given = [f"--set={name}={value}" for name, value in settings.items()]
+    models = ("--target", parent / "base", "--source", parent / "tuned")
+    assert pkt("derive", "--code", "own", *models, "--out", out, *given)[0] == 0
+    return change(out)
+
+
+def logits(pkt: Run, parent: Path, row: Path, out: Path) -> Tensor:
+    from tests.stages.test_reexpress import logits as of
+
+    assert pkt("export", "--model", parent / "base", "--delta", row, "--out", out)[0] == 0
+    return of(out)
+
+
+def test_own_makes_the_target_its_trained_model(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    from tests.stages.test_reexpress import logits as of
+
+    weights = own(pkt, parent, tmp_path / "own")
+    before, after = (load_file(parent / name / "model.safetensors") for name in ("base", "tuned"))
+    assert weights.keys() == after.keys()
+    assert all(torch.allclose(before[name] + weights[name], after[name], atol=1e-7) for name in after)
+    assert torch.allclose(logits(pkt, parent, tmp_path / "own", tmp_path / "out"), of(parent / "tuned"), atol=1e-4)
+
+
+def test_own_without_vocabulary_is_what_a_transport_moves(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """As changes of the projections alone, with what training did to the gains in front of them; by hand for one."""
+    weights = own(pkt, parent, tmp_path / "own", vocabulary="false")
+    assert not [name for name in weights if "embed" in name or "head" in name or "norm" in name]
+    before, after = (load_file(parent / name / "model.safetensors") for name in ("base", "tuned"))
+    name, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
+    expected = (after[name] * after[norm] - before[name] * before[norm]) / before[norm]
+    assert torch.allclose(weights[name], expected, atol=1e-6)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.allclose(weights[name], after[name] - before[name])
+
+
+@pytest.mark.parametrize("source", ["", "turned-", "re-"])
+def test_matched_recovers_what_is_there(pkt: Run, parent: Path, tmp_path: Path, source: str) -> None:
+    """From a copy, a turned one, and one in another shape with random filler, grouped queries and biases."""
+    status, _, err = derive(pkt, parent, "matched", source, tmp_path / "row")
+    assert status == 0, err
+    inside = own(pkt, parent, tmp_path / "own", vocabulary="false")
+    found = change(tmp_path / "row")
+    assert found.keys() == inside.keys() | {"model.embed_tokens.weight", "lm_head.weight"}
+    lost = sum(float((found[name] - inside[name]).square().sum()) for name in inside)
+    assert lost**0.5 < 1e-4 * sum(float(weight.square().sum()) for weight in inside.values()) ** 0.5
+    # With embedding and head it computes what the trained model does.
+    from tests.stages.test_reexpress import logits as of
+
+    assert torch.allclose(logits(pkt, parent, tmp_path / "row", tmp_path / "out"), of(parent / "tuned"), atol=2e-3)
+    meta = json.loads((tmp_path / "row/changes.json").read_text())
+    assert meta["ranks"]["residual"] == [48, 48] and len(meta["pairs"]) == 2
+
+
+def test_the_layers_are_found(parent: Path) -> None:
+    """Four layers of which two are filler: the pairs are the others, in order, and the filler is like none."""
+    from pkt_stages.models.folding import Folded
+    from pkt_stages.models.load import resolve
+    from pkt_stages.models.reexpression import reexpression
+
+    sizes = [Folded(resolve(str(parent / name))).sizes for name in ("base", "re-base")]
+    places = reexpression(sizes[0], sizes[1]).layers
+    told = json.loads((parent / "sums-re-base/correlation.json").read_text())
+    assert told["pairs"] == [[place, layer] for layer, place in enumerate(places)]
+    assert [max(row) == 0 for row in told["similarity"]] == [layer not in places for layer in range(4)]
+    assert all(told["similarity"][place][layer] == pytest.approx(1, abs=1e-3) for layer, place in enumerate(places))
+
+
+@pytest.mark.parametrize("settings", [{}, {"heads": "true"}])
+def test_theseus_is_exact_where_activations_differ_by_an_isometry(
+    pkt: Run, parent: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    assert derive(pkt, parent, "theseus", "turned-", tmp_path / "row", **settings)[0] == 0
+    inside, found = own(pkt, parent, tmp_path / "own", vocabulary="false"), change(tmp_path / "row")
+    ranks = json.loads((tmp_path / "row/changes.json").read_text())["ranks"]
+    exact = 0
+    for name, weight in inside.items():
+        layer, part = name.split(".")[2], name.split(".")[4]
+        key = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}.get(part, f"attn_{part[0]}")
+        if ranks[f"layer_{layer}.{key}.out"][0] == ranks[f"layer_{layer}.{key}.out"][1]:
+            assert float((found[name] - weight).norm() / weight.norm()) < 1e-3, name
+            exact += 1
+    assert exact > len(inside) // 2
+
+
+def test_random_maps_are_a_control(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """One change per seed, unlike each other, of about the size of the fitted one, and nothing of it."""
+    for code in ("matched", "theseus"):
+        row = tmp_path / code
+        assert derive(pkt, parent, code, "re-", row, maps="random", seeds="[0, 1]", vocabulary="false")[0] == 0
+        assert [c["label"] for c in json.loads((row / "changes.json").read_text())["changes"]] == ["seed_0", "seed_1"]
+        first, second = change(row), change(row, 1)
+        inside = own(pkt, parent, tmp_path / f"own-{code}", vocabulary="false")
+        flat = [torch.cat([d[name].flatten() for name in inside]) for d in (first, second, inside)]
+        assert 0.3 < float(flat[0].norm() / flat[2].norm()) < 3
+        assert abs(float(torch.cosine_similarity(flat[0], flat[2], dim=0))) < 0.1
+        assert abs(float(torch.cosine_similarity(flat[0], flat[1], dim=0))) < 0.1
+
+
+def test_two_runs_are_equal(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        assert derive(pkt, parent, "matched", "re-", tmp_path / name)[0] == 0
+    assert (tmp_path / "a/delta_0.safetensors").read_bytes() == (tmp_path / "b/delta_0.safetensors").read_bytes()
+
+
+def test_sums_do_not_depend_on_how_many_pairs_are_held(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sums"
+    given = ("--source", parent / "re-base", "--target", parent / "base", "--texts", parent / "texts.jsonl")
+    assert pkt("correlate", *given, "--num-texts", 24, "--pairs-at-once", 1, "--out", out)[0] == 0
+    for path in sorted((parent / "sums-re-base").iterdir()):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_whitening_needs_the_grams(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    status, _, err = derive(pkt, parent, "theseus", "turned-", tmp_path / "row", whitening=0.25)
+    assert status == 2
+    assert err == (
+        f"pkt: error: {parent}/sums-turned-base: whitening needs either model's own sums, too; run `pkt correlate` with"
+        " grams: true\n"
+    )
+    given = ("--source", parent / "turned-base", "--target", parent / "base", "--texts", parent / "texts.jsonl")
+    assert pkt("correlate", *given, "--num-texts", 24, "--grams", "--out", tmp_path / "sums")[0] == 0
+    models = ("--target", parent / "base", "--source", parent / "turned-tuned", "--base", parent / "turned-base")
+    given = ("--correlation", tmp_path / "sums", "--set", "whitening=0.25", "--out", tmp_path / "row")
+    assert pkt("derive", "--code", "theseus", *models, *given)[0] == 0
+
+
+def test_too_few_texts(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """One short text: the map of the residual stream cannot be whole, and the rank that it has is said."""
+    write_jsonl(tmp_path / "one.jsonl", [{"text": "a short text"}])
+    given = ("--source", parent / "re-base", "--target", parent / "base", "--texts", tmp_path / "one.jsonl")
+    assert pkt("correlate", *given, "--num-texts", 1, "--out", tmp_path / "sums")[0] == 0
+    models = ("--target", parent / "base", "--source", parent / "re-tuned", "--base", parent / "re-base")
+    status, _, err = pkt(
+        "derive", "--code", "matched", *models, "--correlation", tmp_path / "sums", "--out", tmp_path / "row"
+    )
+    assert status == 2
+    assert err == (
+        f"pkt: error: {tmp_path}/sums: 13 tokens give the map of the residual stream rank 13 of 48; run `pkt correlate`"
+        " on more texts\n"
+    )
+    assert not (tmp_path / "row").exists()
+
+
+def test_base_and_trained_source_of_two_shapes(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    models = ("--target", parent / "base", "--source", parent / "tuned", "--base", parent / "re-base")
+    status, _, err = pkt(
+        *("derive", "--code", "matched", *models, "--correlation", parent / "sums-re-base", "--out", tmp_path / "row")
+    )
+    assert status == 2
+    assert err == (
+        f"pkt: error: {parent}/tuned: num_layers 2, its base model {parent}/re-base has 4; what training added is the"
+        " difference of two models of one shape\n"
+    )
+
+
+def test_a_correlation_of_other_models(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    models = ("--target", parent / "base", "--source", parent / "turned-tuned", "--base", parent / "turned-base")
+    status, _, err = pkt(
+        *("derive", "--code", "matched", *models, "--correlation", parent / "sums-base", "--out", tmp_path / "row")
+    )
+    assert status == 2
+    assert f"{parent}/sums-base: of the source base at sha256:" in err and "run `pkt correlate` on these models" in err
+
+
+def test_a_method_that_moves_a_change_needs_a_base(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    given = ("--target", parent / "base", "--source", parent / "tuned", "--correlation", parent / "sums-base")
+    status, _, err = pkt("derive", "--code", "theseus", *given, "--out", tmp_path / "row")
+    assert (status, err) == (
+        2,
+        "pkt: error: the method takes --target and --source and --base and --correlation, nothing else; found --target"
+        " and --source and --correlation\n",
+    )
+
+
+def test_tied_embeddings_keep_their_vocabulary(pkt: Run, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "llama, tied")
+    trained(tmp_path / "tuned", base)
+    given = ("--source", base, "--target", base, "--texts", texts(tmp_path / "texts.jsonl"), "--num-texts", 24)
+    assert pkt("correlate", *given, "--out", tmp_path / "sums")[0] == 0
+    models = ("--target", base, "--source", tmp_path / "tuned", "--base", base, "--correlation", tmp_path / "sums")
+    status, _, err = pkt("derive", "--code", "matched", *models, "--out", tmp_path / "row")
+    assert status == 2
+    assert err == (
+        f"pkt: error: {base}: its head is its embedding, which get different changes; set vocabulary: false\n"
+    )
+    given = ("--set", "vocabulary=false", "--out", tmp_path / "row")
+    assert pkt("derive", "--code", "matched", *models, *given)[0] == 0
+
+
+def test_tokenizers_must_divide_texts_alike(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    other = trained(tmp_path / "other", parent / "base")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_tokens(["ab"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "abab and more of it"}])
+    given = ("--source", other, "--target", parent / "base", "--texts", tmp_path / "t.jsonl", "--num-texts", 1)
+    status, _, err = pkt("correlate", *given, "--out", tmp_path / "sums")
+    assert status == 2
+    assert "the two models' tokenizers divide them differently; transport needs equal tokens" in err
