@@ -22,27 +22,44 @@ class Group:
     Attributes:
         command: that makes a row; settings of its method's entry are settings of this command.
         section: of the table.
-        by_source, by_task: whether a row is made for each source, for each task.
+        sources: the list of the params with the sources that a row is made for; empty: from the target alone.
+        by_task: whether a row is made for each task.
+        union: the mapping of the params that unites it with others for one stage of evaluation, if there is one.
         runs_code: whether an entry's `code` names a file of pkt_stages/methods.
     """
 
     command: str
     section: str
-    by_source: bool = True
+    sources: str = "source"
     by_task: bool = True
+    union: str = ""
     runs_code: bool = False
+
+    @property
+    def by_source(self) -> bool:
+        return bool(self.sources)
 
 
 GROUPS: dict[str, Group] = {
-    "align": Group("align", "PrePKT", runs_code=True),
-    "unaligned": Group("derive", "PrePKT", runs_code=True),
+    "oracle": Group("derive", "Ceilings", sources="", by_task=False, runs_code=True),
+    "transport": Group(
+        "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
+    "align": Group("align", "PrePKT", union="aligned", runs_code=True),
+    "unaligned": Group("derive", "PrePKT", sources="seek_source", union="sought", runs_code=True),
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
-    "finetune": Group("finetune", "PostPKT", by_source=False),
-    "finetune_seeking": Group("finetune", "PostPKT"),
-    "finetune_answers": Group("finetune", "Distillation"),
-    "distill": Group("distill", "Distillation"),
-    "control": Group("derive", "Controls", runs_code=True),
+    "finetune": Group("finetune", "PostPKT", sources=""),
+    "finetune_seeking": Group("finetune", "PostPKT", sources="seek_source", union="sought"),
+    "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught"),
+    "distill": Group("distill", "Distillation", sources="teacher", union="taught"),
+    "control": Group("derive", "Controls", union="aligned", runs_code=True),
+    "transport_control": Group(
+        "derive", "Controls", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
 }
+SOURCE_LISTS = tuple(dict.fromkeys(group.sources for group in GROUPS.values() if group.sources))
+UNIONS = tuple(dict.fromkeys(group.union for group in GROUPS.values() if group.union))
+CONTROLLED = {"control": ("align", "laten"), "transport_control": ("transport", "matched")}  # the row, by its group
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
 
@@ -71,9 +88,13 @@ class Method:
         group = GROUPS[self.group]
         return str(self.entry.get("code") or DEFAULT_CODE.get(group.command, "")) if group.runs_code else None
 
+    @property
+    def by_source(self) -> bool:
+        return GROUPS[self.group].by_source
+
     def folder(self, source: str) -> tuple[str, ...]:
         """Where its metrics lie, below a folder of metrics and above the task."""
-        return (self.name, source) if GROUPS[self.group].by_source else (self.name,)
+        return (self.name, source) if self.by_source else (self.name,)
 
 
 @dataclass(frozen=True)
@@ -82,18 +103,25 @@ class Profile:
 
     Attributes:
         content: the whole file.
+        sources: by the list that names them (`SOURCE_LISTS`); `source` has all.
+        oracle: what training made of the target, a model; None if there is none to compare with.
+        models: that are evaluated; `attributed`: whose neurons are.
+        reexpressed: models that are written in another shape, by name: `of`, `like` and `how`.
         tasks: in order.
         methods: the table's rows but for the models, in order; controls last.
         pairs: models to compare, by the pair's name: `first` and `second`.
-        analysed: `task`, `methods`, `seeking` and `target_methods`.
+        analysed: `task`, `source`, `methods`, `seeking` and `target_methods`.
     """
 
     path: Path
     content: Mapping[str, Any]
     name: str
-    sources: list[str]
+    sources: Mapping[str, list[str]]
     target: str
+    oracle: str | None
     models: list[str]
+    attributed: list[str]
+    reexpressed: Mapping[str, Mapping[str, Any]]
     tasks: list[str]
     methods: list[Method]
     every_step: list[str]
@@ -112,6 +140,11 @@ class Profile:
                 return method
         known = ", ".join(method.name for method in self.methods)
         raise UserError(f"{self.path}: unknown method {name!r}; `made_by` has {known or 'none'}")
+
+    def of_source(self, source: str) -> list[Method]:
+        """The rows that this source has, those without a source among them."""
+        lists = {name for name, sources in self.sources.items() if source in sources}
+        return [m for m in self.methods if not m.by_source or GROUPS[m.group].sources in lists]
 
     def in_group(self, group: str) -> list[Method]:
         return [method for method in self.methods if method.group == group]
@@ -137,9 +170,14 @@ def read_profile(path: Path) -> Profile:
         path=path,
         content=content,
         name=_name(content, path, "profile"),
-        sources=_names(content, path, "source", least=1),
+        sources={name: _names(content, path, name, least=int(name == "source")) for name in SOURCE_LISTS},
         target=_name(content, path, "target"),
+        oracle=_name(content, path, "oracle") if content.get("oracle") is not None else None,
         models=_names(content, path, "models"),
+        attributed=_names(content, path, "attributed"),
+        reexpressed={
+            name: mapping(content, path, "reexpressed", name) for name in mapping(content, path, "reexpressed")
+        },
         tasks=list(mapping(content, path, "task")),
         methods=methods,
         every_step=_names(content, path, "every_step"),
@@ -151,7 +189,11 @@ def read_profile(path: Path) -> Profile:
         raise UserError(f"{path}: task: expected at least one task, found none")
     for where, names, groups in (
         ("every_step", profile.every_step, ("align",)),
-        ("analysed.methods", profile.analysed["methods"], [g for g in GROUPS if GROUPS[g].by_source and g != "grid"]),
+        (
+            "analysed.methods",
+            profile.analysed["methods"],
+            [g for g in GROUPS if GROUPS[g].by_source and GROUPS[g].by_task],
+        ),
         ("analysed.seeking", profile.analysed["seeking"], ("finetune_seeking",)),
         ("analysed.target_methods", profile.analysed["target_methods"], ("finetune",)),
     ):
@@ -186,24 +228,51 @@ def _check_lists(profile: Profile) -> None:
     why = f"a task has the parts of `no_change`: {', '.join(parts)}"
     for task in profile.tasks:
         same(f"task.{task}", mapping(content, path, "task", task), parts, why)
-    by_source = [method.name for method in profile.methods if GROUPS[method.group].by_source and method.group != "grid"]
     why = "it unites groups of `made_by`, see the end of `made_by` in params.yaml"
-    same("by_source", mapping(content, path, "by_source"), by_source, why)
+    for union in UNIONS:
+        expected = [method.name for method in profile.methods if GROUPS[method.group].union == union]
+        same(union, mapping(content, path, union), expected, why)
     same("methods", mapping(content, path, "methods"), [method.name for method in profile.methods], why)
-    if missing := [name for name in profile.sources if name not in profile.models]:
-        raise UserError(f"{path}: models: {missing[0]!r} is missing; a source is attributed and evaluated, too")
+    for name in SOURCE_LISTS:
+        if strange := [source for source in profile.sources[name] if source not in profile.sources["source"]]:
+            raise UserError(f"{path}: {name}: {strange[0]!r} is not in `source`")
+    if strange := [source for source in profile.analysed["source"] if source not in profile.sources["source"]]:
+        raise UserError(f"{path}: analysed.source: {strange[0]!r} is not in `source`")
+    for source in profile.sources["source"]:
+        for where, models in (("models", profile.models), ("attributed", profile.attributed)):
+            if chat_model(source) not in models and (where == "models" or profile.in_group("align")):
+                why = "a source is evaluated" if where == "models" else "LaTen selects its neurons"
+                raise UserError(f"{path}: {where}: {chat_model(source)!r} is missing; {why}, too")
     if missing := [name for name in (profile.target,) if name not in (*profile.models, *profile.adopted)]:
         raise UserError(f"{path}: models: {missing[0]!r} is missing; rows are compared with the target")
-    sought = _names(content, path, "seek_source")
-    starts = [*profile.in_group("unaligned"), *profile.in_group("finetune_seeking")]
-    if starts and (missing := [name for name in profile.sources if name not in sought]):
-        raise UserError(f"{path}: seek_source: {missing[0]!r} is missing; {starts[0].name} needs its sub-matrices")
-    controls = [method.name for method in profile.in_group("control")]
-    if controls and "laten" not in [method.name for method in profile.in_group("align")]:
-        raise UserError(f"{path}: made_by.align: 'laten' is missing; {controls[0]} is a control of its delta")
+    if profile.oracle is not None and profile.oracle not in (*profile.models, *profile.adopted):
+        raise UserError(f"{path}: models: {profile.oracle!r} is missing; the recovered gap is that to the oracle")
+    if profile.oracle is None and (rows := profile.in_group("oracle")):
+        raise UserError(f"{path}: oracle: {rows[0].name} is made of the oracle; name a model")
+    for method in profile.methods:
+        its = GROUPS[method.group]
+        if its.by_source and its.sources != "source" and not profile.sources[its.sources]:
+            raise UserError(f"{path}: {its.sources}: expected at least one source; {method.name} is made from it")
+    for group, (controlled, row) in CONTROLLED.items():
+        rows = profile.in_group(group)
+        if rows and row not in [method.name for method in profile.in_group(controlled)]:
+            raise UserError(
+                f"{path}: made_by.{controlled}: {row!r} is missing; {rows[0].name} is a control of its delta"
+            )
+    for name, entry in profile.reexpressed.items():
+        if set(entry) != {"of", "like", "how"} or not isinstance(entry["how"], dict) or not entry["how"]:
+            raise UserError(
+                f"{path}: reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
+                f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
+            )
 
 
-_ANALYSED = ("task", "methods", "seeking", "target_methods")
+def chat_model(source: str) -> str:
+    """The trained one of a source's two models."""
+    return f"{source}-chat"
+
+
+_ANALYSED = ("task", "source", "methods", "seeking", "target_methods")
 
 
 def _methods(content: Mapping[str, Any], path: Path) -> Iterator[Method]:

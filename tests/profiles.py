@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pkt_stages.profile import GROUPS
+from pkt_stages.profile import GROUPS, UNIONS
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -22,13 +22,24 @@ def write_params(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     return path
 
 
+def one_source(params: dict[str, Any]) -> None:
+    """One source and a trained target, no oracle, nothing written anew or transported; nothing is analysed."""
+    names = ["source-chat", "target-chat"]
+    params |= {"source": ["source"], "target": "target-chat", "oracle": None, "models": names, "attributed": names}
+    params |= {"reexpressed": {}, "seek_source": ["source"], "teacher": ["source"], "transport_source": []}
+    params["pairs"] = {"pair": {"first": "source-chat", "second": "target-chat"}}
+    params["analysed"] = {"task": [], "source": [], "methods": [], "seeking": [], "target_methods": []}
+
+
 def rows(params: dict[str, Any], **made_by: dict[str, Any]) -> None:
     """These rows and no others, by group; the unions that the graph takes from `made_by` follow."""
     groups = made_by | {group: {} for group in GROUPS if group not in made_by}
-    without = ("grid", "finetune")
-    by_source = {name: entry for group, part in groups.items() if group not in without for name, entry in part.items()}
-    methods = by_source | groups["grid"] | groups["finetune"]
-    params |= {"made_by": groups, "by_source": by_source, "methods": methods}
+    every = [(group, name, entry) for group, part in groups.items() for name, entry in part.items()]
+    unions = {
+        union: {name: entry for group, name, entry in every if group in GROUPS and GROUPS[group].union == union}
+        for union in UNIONS
+    }
+    params |= {"made_by": groups, "methods": {name: entry for _, name, entry in every}, **unions}
 
 
 def add_row(params: dict[str, Any], group: str, name: str, entry: dict[str, Any]) -> None:

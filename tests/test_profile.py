@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pkt_stages.errors import UserError
-from pkt_stages.profile import Profile, read_profile
-from tests.profiles import rows, write_params
+from pkt_stages.profile import Profile, chat_model, read_profile
+from tests.profiles import add_row, one_source, rows, write_params
 
 ROOT = Path(__file__).parents[1]
 
 
-NOTHING: dict[str, Any] = {"task": [], "methods": [], "seeking": [], "target_methods": []}
+NOTHING: dict[str, Any] = {"task": [], "source": [], "methods": [], "seeking": [], "target_methods": []}
+DEFAULT: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+FIRST, TARGET, ORACLE = str(DEFAULT["source"][0]), str(DEFAULT["target"]), str(DEFAULT["oracle"])
+SOURCES = [f"{FIRST}-chat", "source-chat"]
 PARTS: dict[str, Any] = {name: {} for name in ("prepare", "align", "finetune", "generate", "distill", "evaluate")}
 
 
@@ -23,19 +27,51 @@ def shown(profile: Profile) -> list[tuple[str, str, str | None]]:
 def test_the_default_profile() -> None:
     profile = read_profile(ROOT / "params.yaml")
     assert shown(profile) == [
+        ("own", "Ceilings", "own"),
+        ("own_sites", "Ceilings", "own"),
+        ("matched", "Transport", "matched"),
+        ("theseus", "Transport", "theseus"),
         ("laten", "PrePKT", "laten"),
         ("unaligned_seeking", "PrePKT", "seeking"),
         ("postpkt_random", "PostPKT", None),
         ("postpkt_pissa", "PostPKT", None),
         ("postpkt_seeking", "PostPKT", None),
         ("kd", "Distillation", None),
+        ("control_random_isometry", "Controls", "matched"),
         ("control_random_delta", "Controls", "random_delta"),
     ]
-    assert (profile.sources, profile.target) == (["source-chat"], "target-chat")
+    assert profile.sources == {
+        "transport_source": [FIRST, "source"],
+        "source": [FIRST, "source"],
+        "seek_source": ["source"],
+        "teacher": ["source"],
+    }
+    assert (profile.target, profile.oracle) == (TARGET, ORACLE)
+    # The first source is the target and its oracle, written again in the other one's shape.
+    assert profile.attributed == [f"{FIRST}-chat", "source-chat", TARGET]
+    assert {name: (entry["of"], entry["how"]) for name, entry in profile.reexpressed.items()} == {
+        f"{FIRST}-base": (TARGET, {"seed": 0}),
+        f"{FIRST}-chat": (ORACLE, {"seed": 0}),
+    }
     assert profile.tasks == ["mmlu", "gsm8k", "humaneval", "mbpp"]
     assert profile.method("laten").folder("s") == ("laten", "s")
     assert profile.method("postpkt_pissa").folder("s") == ("postpkt_pissa",)
-    assert list(profile.pairs) == ["pair", "source", "target"]
+    assert profile.method("matched").folder("s") == ("matched", "s")
+    assert profile.method("own").folder("s") == ("own",)
+    assert list(profile.pairs) == ["pair", "rewritten", "source", "target"]
+    assert profile.analysed["source"] == ["source"]
+
+
+def test_a_source_has_the_rows_of_the_lists_that_name_it() -> None:
+    """And those that are made without a source."""
+    profile = read_profile(ROOT / "params.yaml")
+    every = [method.name for method in profile.methods]
+    assert [method.name for method in profile.of_source("source")] == every
+    sought_or_taught = ["unaligned_seeking", "postpkt_seeking", "kd"]
+    assert [method.name for method in profile.of_source(FIRST)] == [
+        name for name in every if name not in sought_or_taught
+    ]
+    assert chat_model("source") == "source-chat"
 
 
 def test_rows_come_in_the_order_of_made_by_with_controls_last(tmp_path: Path) -> None:
@@ -67,8 +103,8 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         (
             {"made_by": {"alining": {"laten": {}}}},
-            "made_by.alining: no such group; expected any of align, unaligned, grid, finetune, finetune_seeking,"
-            " finetune_answers, distill, control",
+            "made_by.alining: no such group; expected any of oracle, transport, align, unaligned, grid, finetune,"
+            " finetune_seeking, finetune_answers, distill, control, transport_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
@@ -78,30 +114,56 @@ def test_every_profile_reads(path: Path) -> None:
         ({"every_step": ["kd"]}, "every_step: kd is made by distill, not align"),
         (
             {"every_step": ["latne"]},
-            "unknown method 'latne'; `made_by` has laten, unaligned_seeking, postpkt_random,"
-            " postpkt_pissa, postpkt_seeking, kd, control_random_delta",
+            "unknown method 'latne'; `made_by` has own, own_sites, matched, theseus, laten, unaligned_seeking,"
+            " postpkt_random, postpkt_pissa, postpkt_seeking, kd, control_random_isometry, control_random_delta",
         ),
         (
-            {"analysed": {"task": ["gsm9k"], "methods": [], "seeking": [], "target_methods": []}},
+            {"analysed": NOTHING | {"task": ["gsm9k"]}},
             "analysed.task: 'gsm9k' is not in `task` (mmlu, gsm8k, humaneval, mbpp)",
         ),
         (
-            {"analysed": {"task": [], "methods": ["postpkt_random"], "seeking": [], "target_methods": []}},
+            {"analysed": NOTHING | {"methods": ["postpkt_random"]}},
             "analysed.methods: postpkt_random is made by finetune, not align, unaligned, finetune_seeking,"
             " finetune_answers, distill, control",
         ),
         (
-            {"made_by": {"align": {"laten": {}}}, "every_step": [], "analysed": NOTHING},
-            "made_by: 'unaligned' is missing; a group without methods is an empty mapping: {}",
+            {"analysed": NOTHING | {"methods": ["matched"]}},
+            "analysed.methods: matched is made by transport, not align, unaligned, finetune_seeking, finetune_answers,"
+            " distill, control",
+        ),
+        ({"analysed": NOTHING | {"source": ["sourse"]}}, "analysed.source: 'sourse' is not in `source`"),
+        ({"analysed": NOTHING | {"source": "source"}}, "analysed.source: expected a list of names, found 'source'"),
+        (
+            {"analysed": {key: names for key, names in NOTHING.items() if key != "source"}},
+            "analysed.source: expected a list of names, found None",
         ),
         (
-            {"by_source": {"laten": {}, "unaligned_seeking": {}, "postpkt_seeking": {}, "kd": {}}},
-            "by_source: 'control_random_delta' is missing; it unites groups of `made_by`, see the end of `made_by` in"
+            {"made_by": {"align": {"laten": {}}}, "every_step": [], "analysed": NOTHING},
+            "made_by: 'oracle' is missing; a group without methods is an empty mapping: {}",
+        ),
+        (
+            {"aligned": {"laten": {}}},
+            "aligned: 'control_random_delta' is missing; it unites groups of `made_by`, see the end of `made_by` in"
             " params.yaml",
         ),
         (
+            {"sought": {"unaligned_seeking": {}}},
+            "sought: 'postpkt_seeking' is missing; it unites groups of `made_by`, see the end of `made_by` in"
+            " params.yaml",
+        ),
+        (
+            {"taught": {"kd": {}, "gkd": {}}},
+            "taught: 'gkd' does not belong there; it unites groups of `made_by`, see the end of `made_by` in"
+            " params.yaml",
+        ),
+        (
+            {"transported": {"matched": {}, "theseus": {}}},
+            "transported: 'control_random_isometry' is missing; it unites groups of `made_by`, see the end of"
+            " `made_by` in params.yaml",
+        ),
+        (
             {"methods": {"latne": {}}},
-            "methods: 'laten' is missing; it unites groups of `made_by`, see the end of `made_by` in params.yaml",
+            "methods: 'own' is missing; it unites groups of `made_by`, see the end of `made_by` in params.yaml",
         ),
         (
             {"task": {"mmlu": {"algin": {}}}, "analysed": NOTHING},
@@ -113,9 +175,45 @@ def test_every_profile_reads(path: Path) -> None:
             "task.mmlu: 'algin' does not belong there; a task has the parts of `no_change`: prepare, align, finetune,"
             " generate, distill, evaluate",
         ),
-        ({"models": ["target-chat"]}, "models: 'source-chat' is missing; a source is attributed and evaluated, too"),
-        ({"models": ["source-chat"]}, "models: 'target-chat' is missing; rows are compared with the target"),
-        ({"seek_source": []}, "seek_source: 'source-chat' is missing; unaligned_seeking needs its sub-matrices"),
+        (
+            {"models": [SOURCES[0], TARGET, ORACLE]},
+            "models: 'source-chat' is missing; a source is evaluated, too",
+        ),
+        ({"models": SOURCES}, f"models: {TARGET!r} is missing; rows are compared with the target"),
+        (
+            {"models": [*SOURCES, TARGET]},
+            f"models: {ORACLE!r} is missing; the recovered gap is that to the oracle",
+        ),
+        ({"oracle": ["a"]}, "oracle: expected a name, found ['a']"),
+        ({"oracle": None}, "oracle: own is made of the oracle; name a model"),
+        ({"attributed": "all"}, "attributed: expected a list of names, found 'all'"),
+        (
+            {"attributed": ["source-chat", TARGET]},
+            f"attributed: '{FIRST}-chat' is missing; LaTen selects its neurons, too",
+        ),
+        ({"seek_source": []}, "seek_source: expected at least one source; unaligned_seeking is made from it"),
+        ({"seek_source": ["target"]}, "seek_source: 'target' is not in `source`"),
+        ({"teacher": []}, "teacher: expected at least one source; kd is made from it"),
+        ({"teacher": ["source-chat"]}, "teacher: 'source-chat' is not in `source`"),
+        ({"teacher": "source"}, "teacher: expected a list of names, found 'source'"),
+        ({"transport_source": []}, "transport_source: expected at least one source; matched is made from it"),
+        ({"transport_source": ["target"]}, "transport_source: 'target' is not in `source`"),
+        ({"transport_source": None}, "transport_source: expected a list of names, found None"),
+        ({"reexpressed": []}, "section 'reexpressed': expected a mapping, found list"),
+        ({"reexpressed": {"x": "target-base"}}, "section 'reexpressed.x': expected a mapping, found str"),
+        *[
+            (
+                {"reexpressed": {"x": entry}},
+                "reexpressed.x: expected `of` and `like` (models) and `how` (options of `pkt reexpress`, at least"
+                f" `seed`), found {found}",
+            )
+            for entry, found in (
+                ({}, "nothing"),
+                ({"of": "a", "like": "b"}, "of, like"),
+                ({"of": "a", "like": "b", "how": {}}, "of, like, how"),
+                ({"of": "a", "like": "b", "how": {"seed": 0}, "by": "c"}, "of, like, how, by"),
+            )
+        ],
         (
             {"pairs": {"one": {"first": "a"}}},
             "pairs.one: expected the keys first and second with a model each, found {'first': 'a'}",
@@ -129,10 +227,53 @@ def test_bad_profiles(tmp_path: Path, changes: dict[str, Any], message: str) -> 
     assert str(caught.value) == f"{path}: {message}"
 
 
-def test_controls_need_the_row_that_they_control(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "name", "controlled"),
+    [
+        ("control", "control_random_delta", "align: 'laten'"),
+        ("transport_control", "control_random_transport", "transport: 'matched'"),
+    ],
+)
+def test_controls_need_the_row_that_they_control(tmp_path: Path, group: str, name: str, controlled: str) -> None:
     def edit(params: dict[str, Any]) -> None:
-        rows(params, control={"control_random_delta": {"code": "random_delta"}})
+        rows(params, **{group: {name: {"code": "random_delta"}}})
         params["analysed"] = NOTHING
 
-    with pytest.raises(UserError, match=r"made_by\.align: 'laten' is missing; control_random_delta is a control of"):
-        read_profile(write_params(tmp_path, edit))
+    path = write_params(tmp_path, edit)
+    with pytest.raises(UserError) as caught:
+        read_profile(path)
+    assert str(caught.value) == f"{path}: made_by.{controlled} is missing; {name} is a control of its delta"
+
+
+def test_a_control_beside_the_row_that_it_controls(tmp_path: Path) -> None:
+    """Of a transport in a group of its own, below all rows that are none."""
+    entry = {"code": "random_delta"}
+    path = write_params(tmp_path, lambda p: add_row(p, "transport_control", "control_random_transport", entry))
+    assert shown(read_profile(path))[-1] == ("control_random_transport", "Controls", "random_delta")
+
+
+def test_without_oracle_nothing_written_anew_and_nothing_transported(tmp_path: Path) -> None:
+    def edit(params: dict[str, Any]) -> None:
+        one_source(params)
+        rows(params, align={"laten": {}})
+
+    profile = read_profile(write_params(tmp_path, edit))
+    assert (profile.oracle, profile.reexpressed, profile.sources["transport_source"]) == (None, {}, [])
+    assert [method.name for method in profile.of_source("source")] == ["laten"]
+
+
+def test_the_target_of_another_profile_may_be_adopted(tmp_path: Path) -> None:
+    """And the oracle."""
+
+    def edit(params: dict[str, Any]) -> None:
+        params |= {"models": SOURCES, "adopted": [TARGET, ORACLE]}
+
+    assert read_profile(write_params(tmp_path, edit)).oracle == ORACLE
+
+
+def test_where_nothing_is_aligned_no_neurons_need_be_attributed(tmp_path: Path) -> None:
+    def edit(params: dict[str, Any]) -> None:
+        rows(params, finetune={"postpkt_pissa": {"init": "pissa"}})
+        params |= {"attributed": [], "analysed": NOTHING}
+
+    assert read_profile(write_params(tmp_path, edit)).attributed == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -27,10 +27,13 @@ from pkt_stages.stages import code
 from pkt_stages.stages.align import AlignParams
 from pkt_stages.stages.attribute import AttributeParams
 from pkt_stages.stages.compare import CompareParams
+from pkt_stages.stages.correlate import PAIRS_AT_ONCE, CorrelateParams
 from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
 from pkt_stages.stages.prepare import PrepareParams
+from pkt_stages.stages.reexpress import SIZES
+from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
 
 if TYPE_CHECKING:
@@ -102,6 +105,15 @@ class Estimator:
         found: Need = formula(options) if formula is not None else Need()
         return found
 
+    def learn(self, command: str) -> None:
+        """Note the sizes of a model that a stage makes, which may not be there yet."""
+        words = [*shlex.split(command), "", ""]
+        if words[:2] == ["pkt", "reexpress"]:
+            options = _Options(pairwise(words))
+            like, _ = self._model(options["--like"])
+            given = {name: int(value) for name in SIZES if (value := options.get(f"--{name.replace('_', '-')}"))}
+            self._sizes[options["--out"]] = replace(like, **given)
+
     def _model(self, name: str) -> tuple[Geometry, int]:
         from pkt_stages.models.load import load_config, resolve
         from pkt_stages.models.sites import geometry
@@ -132,6 +144,35 @@ class Estimator:
         """How many examples the sets hold: of the task, if the command names one, else without what tasks change."""
         named = {name: options[name] for name in ("--params", "--task") if name in options}
         return self._settings(named, "prepare", PrepareParams)
+
+    def _reexpress(self, options: Mapping[str, str]) -> Need:
+        """On the CPU: memory is of the host, two shards and the largest weight in float64 four times."""
+        sizes, size = self._model(options["--out"])
+        return Need(flops=4 * size * sizes.d_model, disk=2 * size)
+
+    def _correlate(self, options: Mapping[str, str]) -> Need:
+        (source, size), (target, other) = self._model(options["--source"]), self._model(options["--target"])
+        settings = self._settings(options, "correlate", CorrelateParams)
+        pairs = min(source.num_layers, target.num_layers)
+        squares = (
+            2 * source.d_model * target.d_model
+            + source.num_attn_neurons * target.num_attn_neurons
+            + source.d_ff * target.d_ff
+        )
+        tokens = settings.num_texts * min(self._tokens, settings.max_tokens)
+        own = sum(2 * s.d_model**2 + s.num_attn_neurons**2 + s.d_ff**2 for s in (source, target)) * settings.grams
+        return Need(
+            flops=2 * tokens * (2 * (size + other) + pairs * (squares + own)),
+            memory=(size + other) * WIDTHS[settings.dtype] + 8 * PAIRS_AT_ONCE * (squares + own),
+            disk=pairs * (squares + own) * (8 if settings.stored == "float64" else 4),
+        )
+
+    def _scale(self, options: Mapping[str, str]) -> Need:
+        _, size = self._model(options["--model"])
+        settings = self._settings(options, "scale", ScaleParams)
+        examples = self._prepared(options).align * (len(settings.tasks) or 4)
+        width = WIDTHS[settings.dtype]
+        return Need(flops=2 * size * examples * self._tokens * (1 + len(settings.scales)), memory=1.3 * size * width)
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
@@ -178,7 +219,15 @@ class Estimator:
         sizes, _ = self._model(options["--target"])
         file, given = self._read(options, "derive")
         module = methods.load(str(given.pop("code", "")), ("derive",))
-        rank = getattr(build(module.Params, given, f"{file}: {options['--method']}"), "rank", None)
+        params = build(module.Params, given, f"{file}: {options['--method']}")
+        if "--correlation" in options:
+            # A decomposition of the largest map in float64, on the CPU, for each layer; embedding and head stay.
+            changes = len(params.seeds) if params.maps == "random" else 1
+            whole = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model * (not params.vocabulary)
+            return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=4 * whole * changes)
+        if "--source" in options and "--submatrices" not in options and hasattr(params, "vocabulary"):
+            return Need(disk=4 * num_parameters(sizes))
+        rank = getattr(params, "rank", None)
         return Need(disk=self._adapter(sizes, rank) if rank else self._rows(sizes))
 
     @staticmethod
@@ -319,6 +368,8 @@ def plan(
     with open_repo() as repo:
         graph = Graph(repo, targets or [], glob=False, allow_missing=allow_missing)
         estimator = Estimator(Path(repo.root_dir), tokens)
+        for stage in graph.stages:
+            estimator.learn(str(stage.cmd))
         needs = {stage.addressing: estimator.need(str(stage.cmd)) for stage in stale(graph)}
     groups: dict[str, list[Need]] = {}
     for name, need in needs.items():

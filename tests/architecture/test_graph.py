@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pkt_stages.params import read_settings
-from pkt_stages.profile import GROUPS, read_profile
+from pkt_stages.profile import GROUPS, SOURCE_LISTS, UNIONS, read_profile
 
 ROOT = Path(__file__).parents[2]
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -64,6 +64,7 @@ def test_a_group_of_methods_is_a_stage_that_makes_them(group: str) -> None:
     assert command_of(group) == GROUPS[group].command
     assert stage["matrix"]["method"] == f"${{made_by.{group}}}"
     assert ("source" in stage["matrix"]) is GROUPS[group].by_source
+    assert stage["matrix"].get("source", "") == (f"${{{GROUPS[group].sources}}}" if GROUPS[group].by_source else "")
     assert ("task" in stage["matrix"]) is GROUPS[group].by_task
     assert "--method ${item.method}" in stage["cmd"]
     assert any(dep == f"{CODE}/{GROUPS[group].command}/${{item.method}}" for dep in stage["deps"]) is (
@@ -74,6 +75,26 @@ def test_a_group_of_methods_is_a_stage_that_makes_them(group: str) -> None:
 def test_no_stage_goes_over_a_group_that_is_none() -> None:
     used = {group for stage in GRAPH.values() for group in MADE_BY.findall(str(stage.get("matrix", "")))}
     assert used == set(GROUPS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_is_evaluated_once_for_its_own_sources(group: str) -> None:
+    """By a stage over the group or over the union that it is in; never over other sources than it is made for."""
+    of = GROUPS[group]
+    over = of.union or f"made_by.{group}"
+    stages = [
+        stage["matrix"]
+        for name, stage in GRAPH.items()
+        if name.startswith("evaluate") and stage["matrix"].get("method") == f"${{{over}}}"
+    ]
+    assert [matrix.get("source", "") for matrix in stages] == [f"${{{of.sources}}}" if of.sources else ""]
+    assert stages[0]["task"] == "${task}"
+
+
+def test_every_union_holds_groups_of_equal_sources() -> None:
+    for union in UNIONS:
+        assert len({GROUPS[group].sources for group in GROUPS if GROUPS[group].union == union}) == 1
+    assert {"source", "seek_source", "teacher", "transport_source"} == set(SOURCE_LISTS)
 
 
 def test_every_row_ends_in_one_place() -> None:
@@ -139,9 +160,9 @@ def test_adopted_rows_were_trained_alike() -> None:
 def test_a_profile_lists_what_its_groups_hold(folder: Path) -> None:
     """The lists that DVC needs as such are unions of `made_by`, in the order of the table."""
     profile = read_profile(folder / "params.yaml")
-    by_source = [method.name for method in profile.methods if GROUPS[method.group].by_source]
-    by_task = [name for name in by_source if GROUPS[profile.method(name).group].by_task]
-    assert sorted(profile.content["by_source"]) == sorted(by_task)
+    for union in UNIONS:
+        united = {method.name: method.entry for method in profile.methods if GROUPS[method.group].union == union}
+        assert profile.content[union] == united
     assert sorted(profile.content["methods"]) == sorted(method.name for method in profile.methods)
     assert all(profile.content["methods"][method.name] == method.entry for method in profile.methods)
 

@@ -15,7 +15,7 @@ import yaml
 
 from pkt_stages.examples import write_jsonl
 from tests.conftest import make_model
-from tests.profiles import rows
+from tests.profiles import one_source, rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,11 +49,12 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def shrink(params: dict[str, Any]) -> None:
-    """One task, no method, and sizes that take no time."""
+    """One task, one source, no method, and sizes that take no time."""
+    one_source(params)
     task = {part: {} for part in params["task"]["gsm8k"]} | {"align": {"steps": 2}, "evaluate": {"max_new_tokens": 4}}
-    params |= {"task": {"gsm8k": task}, "prepared_task": {"gsm8k": {}}, "seek_source": []}
-    params["analysed"] = {"task": ["gsm8k"], "methods": [], "seeking": [], "target_methods": []}
-    params["pairs"] = {"pair": {"first": "source-chat", "second": "target-chat"}}
+    params |= {"task": {"gsm8k": task}, "prepared_task": {"gsm8k": {}}}
+    params |= {"seek_source": [], "teacher": []}
+    params["analysed"] |= {"task": ["gsm8k"], "source": ["source"]}
     params["compare"] = {"num_texts": 6, "batch_size": 6}
     params["finetune"] |= {"epochs": 1, "batch_size": 4, "rank": 4}
     params["prepare"] = {"extract": 3, "align": 8, "train": 5, "transfer": 2}

@@ -19,9 +19,9 @@ from tests.profiles import rows
 from tests.soak.interruptions import Fault, Write, contents, disturbed, leftovers, one_line, repro, undisturbed
 
 Run = Callable[..., tuple[int, str, str]]
-OF = "source-chat-gsm8k"
-ALIGN, SELECT, SOURCE = f"align@laten-{OF}", f"select@{OF}", f"attribute@{OF}"
-SELECTED = "artifacts/tiny/select/source-chat/gsm8k"
+OF = "source-gsm8k"
+ALIGN, SELECT, SOURCE = f"align@laten-{OF}", f"select@{OF}", "attribute@source-chat-gsm8k"
+SELECTED = "artifacts/tiny/select/source/gsm8k"
 ROWS = f"{SELECTED}/rows.safetensors"
 
 

@@ -15,7 +15,7 @@ from tests.pipeline.repository import LATEN as LATEN_ENTRY
 from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
 from tests.profiles import add_row, rows
 
-OF = "source-chat-gsm8k"
+OF = "source-gsm8k"
 UPSTREAM = {"code", "prepare@gsm8k", "attribute@source-chat-gsm8k", "attribute@target-chat-gsm8k", f"select@{OF}"}
 LATEN = {f"{stage}@laten-{OF}" for stage in ("align", "inject", "evaluate")}
 # A method of the pair that follows from LaTen, and one that needs the target alone.
@@ -81,7 +81,7 @@ def copy(whole: tuple[Path, set[str]], tmp_path: Path) -> Path:
 def test_a_colleague_without_the_source_model_reruns_nothing_upstream(second: tuple[Path, set[str]]) -> None:
     folder, stages = second
     assert stages == LATEN
-    metrics = json.loads((folder / "results/tiny/evaluate/laten/source-chat/gsm8k.json").read_text())
+    metrics = json.loads((folder / "results/tiny/evaluate/laten/source/gsm8k.json").read_text())
     assert len(metrics["runs"]) == 2
     assert len(metrics["ids"]) == 5
 
@@ -94,7 +94,7 @@ def test_the_rest_runs_once_and_then_nothing(whole: tuple[Path, set[str]], secon
     table = (first / "results/tiny/report.md").read_text()
     assert "source: source-chat" in table and "LaTen" in table
     # Two members, two folders, equal bytes.
-    for path in ("artifacts/tiny/transfer/laten/source-chat/gsm8k", "results/tiny/analysis/align"):
+    for path in ("artifacts/tiny/transfer/laten/source/gsm8k", "results/tiny/analysis/align"):
         mine, theirs = (
             {p.relative_to(folder): p.read_bytes() for p in (folder / path).rglob("*") if p.is_file()}
             for folder in (first, second[0])
@@ -202,7 +202,7 @@ def third(published: Path, tmp_path: Path) -> Path:
     ("target", "expected"),
     [
         ("report", {"tiny/report"}),
-        (f"select@{OF}", {"tiny/select/source-chat/gsm8k"}),
+        (f"select@{OF}", {"tiny/select/source/gsm8k"}),
         ("profiles/other/dvc.yaml:prepare", {"other/examples/gsm8k"}),
     ],
     ids=["the report", "the deltas of a task", "another profile's stage"],

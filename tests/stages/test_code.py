@@ -18,7 +18,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.profile import GROUPS, read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
-from tests.profiles import add_row, write_params
+from tests.profiles import add_row, one_source, rows, write_params
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "pkt_stages"
@@ -108,11 +108,11 @@ LATEN = {"align/laten", "inject/laten"}
         ("core/attribution.py", begin("neuron_scores"), {"attribute"}),
         ("core/statistics.py", begin("holm"), {"report"}),
         ("stages/seek.py", begin("run"), {"seek"}),
-        ("tasks/gsm8k/__init__.py", begin("score"), {"evaluate/gsm8k", "prepare/gsm8k", "report"}),
+        ("tasks/gsm8k/__init__.py", begin("score"), {"evaluate/gsm8k", "prepare/gsm8k", "report", "scale"}),
         (
             "tasks/humaneval/task.yaml",
             lambda text: text + "# Data count whole.\n",
-            {"evaluate/humaneval", "prepare/humaneval", "report"},
+            {"evaluate/humaneval", "prepare/humaneval", "report", "scale"},
         ),
         ("reporting/paper.yaml", lambda text: text + "# Data count whole.\n", {"report"}),
         ("tools/plan.py", lambda text: text + "\nprint()\n", set()),
@@ -183,7 +183,10 @@ def test_a_row_whose_code_is_another_s_has_its_hash(copy: Path, tmp_path: Path) 
             lambda p: p["made_by"]["distill"].update(laten={}),
             "made_by.distill: laten is in made_by.align, too; list it once",
         ),
-        (lambda p: p["made_by"].update(other={}), "made_by.other: no such group; expected any of align, "),
+        (
+            lambda p: p["made_by"].update(other={}),
+            "made_by.other: no such group; expected any of oracle, transport, align, ",
+        ),
     ],
 )
 def test_wrong_params_are_one_line(tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -302,15 +305,15 @@ TASKS = ("mmlu", "gsm8k")
 
 def shrink(params: dict[str, Any]) -> None:
     """Two tasks; LaTen, Seeking's sub-matrices and a fine-tuning."""
-    made: dict[str, dict[str, Any]] = {group: {} for group in params["made_by"]}
-    made["align"]["laten"] = {}
-    made["unaligned"]["unaligned_seeking"] = {"code": "seeking"}
-    made["finetune"]["postpkt_pissa"] = {"init": "pissa"}
-    by_source = made["align"] | made["unaligned"]
+    rows(
+        params,
+        align={"laten": {}},
+        unaligned={"unaligned_seeking": {"code": "seeking"}},
+        finetune={"postpkt_pissa": {"init": "pissa"}},
+    )
     params |= {"task": {task: params["task"][task] for task in TASKS}, "prepared_task": list(TASKS)}
-    params |= {"made_by": made, "by_source": by_source, "methods": by_source | made["finetune"]}
-    params |= {"pairs": {"pair": {"first": "source-chat", "second": "target-chat"}}}
-    params |= {"analysed": {"task": ["gsm8k"], "methods": ["laten"], "seeking": [], "target_methods": []}}
+    one_source(params)
+    params["analysed"] |= {"task": ["gsm8k"], "source": ["source"], "methods": ["laten"]}
 
 
 def dvc(folder: Path, *arguments: str) -> str:
@@ -363,7 +366,7 @@ def rerun(toy: Path) -> Iterator[Edited]:
         path.write_text(text)
 
 
-PAIRS = [f"source-chat-{task}" for task in TASKS]
+PAIRS = [f"source-{task}" for task in TASKS]
 
 
 def test_dvc_reruns_nothing_after_new_words_and_a_new_kind_of_artifact(rerun: Edited) -> None:
@@ -378,6 +381,6 @@ def test_dvc_reruns_laten_alone_after_a_change_of_its_mapping(rerun: Edited) -> 
 
 def test_dvc_reruns_one_task_after_a_change_of_its_scoring(rerun: Edited) -> None:
     stages = {f"evaluate_model@{model}-gsm8k" for model in ("source-chat", "target-chat")}
-    stages |= {f"evaluate@{method}-source-chat-gsm8k" for method in ("laten", "unaligned_seeking")}
+    stages |= {"evaluate@laten-source-gsm8k", "evaluate_sought@unaligned_seeking-source-gsm8k"}
     stages |= {"evaluate_target@postpkt_pissa-gsm8k", "prepare@gsm8k", "report"}
     assert rerun({"tasks/gsm8k/__init__.py": begin("score")}) == stages
