@@ -69,11 +69,11 @@ def compared(folder: Folder, profile: Profile, titles: Mapping[str, str], tasks:
         metrics = folder.read("compare", "models", name, keys=COMPARISON)
         found.append(Compared(first, second, f"{first} and {second}", f"{second} - {first}", metrics))
     by_source = [profile.method(name) for key in ("methods", "seeking") for name in profile.analysed[key]]
-    listed = [(method, source) for source in profile.sources for method in by_source]
+    listed = [(method, source) for source in profile.analysed["source"] for method in by_source]
     listed += [(profile.method(name), "") for name in profile.analysed["target_methods"]]
     for task in profile.analysed["task"]:
         for method, source in listed:
-            more = f", from {source}" if source and len(profile.sources) > 1 else ""
+            more = f", from {source}" if source and len(profile.analysed["source"]) > 1 else ""
             label = f"{titles[method.name]}, {tasks[task]}{more}"
             metrics = folder.read("compare", *method.folder(source), task, keys=COMPARISON)
             both = f"target before and after {label}"

@@ -14,21 +14,33 @@ from dataclasses import dataclass
 from typing import Any
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
-CLOSE = 5
+SKY, YELLOW = "#56B4E9", "#E69F00"
+CLOSE = {"points": 5.0, "nats": 0.05}
 SITE_TITLES = {"ffn_up": "up_proj", "ffn_down": "down_proj", "attn_v": "v_proj", "attn_o": "o_proj"}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the name of its file, the image, and what it shows in words."""
+    """A figure: the name of its file, the image, what it shows in words, and whether it takes the whole width."""
 
     name: str
     png: bytes
     alt: str
+    wide: bool = False
 
     @property
     def base64(self) -> str:
         return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row's recovered gap: `points` are (place of the source, share, standard error); `kind` is method, ceiling or
+    control."""
+
+    label: str
+    kind: str
+    points: list[tuple[int, float, float]]
 
 
 @dataclass
@@ -40,7 +52,7 @@ class Png:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference in points with its interval: `kind` is model, method or control; `marked` if a test supports it."""
+    """A difference with its interval: `kind` is model, method or control; `marked` if a test supports it."""
 
     label: str
     group: str
@@ -51,7 +63,7 @@ class Interval:
     marked: bool
 
 
-def forest(title: str, intervals: Sequence[Interval]) -> bytes:
+def forest(title: str, intervals: Sequence[Interval], unit: str) -> bytes:
     """Differences to the target with their intervals, one line each; on the right what lies close to zero.
 
     Filled markers are differences that a test supports.
@@ -74,11 +86,76 @@ def forest(title: str, intervals: Sequence[Interval]) -> bytes:
         whole, close = axes
         whole.set_yticks(heights, [interval.label for interval in intervals])
         close.set_yticks([])
-        close.set_xlim(-CLOSE, CLOSE)
-        close.set_xticks([-CLOSE, 0, CLOSE])
+        near = CLOSE[unit]
+        close.set_xlim(-near, near)
+        close.set_xticks([-near, 0, near])
         whole.set_title(title, fontsize=11)
-        close.set_title(f"within {CLOSE} points", fontsize=9)
-        whole.set_xlabel("points above the target")
+        close.set_title(f"within {near:g} {unit}", fontsize=9)
+        whole.set_xlabel(f"{unit} above the target")
+    return image.data
+
+
+LOWEST = -0.5  # of the recovered gaps that are drawn; what is lower stands at the edge as an arrow
+
+
+def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> bytes:
+    """Recovered gap against source, a panel per measure and a line per row; ceilings are dashed without markers."""
+    width = max(9.0, 2.2 + 0.95 * len(sources) * len(panels))
+    with _png((width, 4.6), 1, len(panels)) as (axes, image):
+        for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+            axis.axhline(0, color="black", linewidth=1)
+            axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axis.set_axisbelow(True)
+            looks: Iterator[tuple[str, str]] = zip(
+                "os^vDPX*<>hd" * 2, (BLUE, GREEN, PURPLE, SKY, YELLOW, "black") * 4, strict=True
+            )
+            controls: Iterator[tuple[str, str]] = zip("DsX^vo" * 2, ("--", ":", "-.") * 4, strict=True)
+            beside = 0.5 / max(1, len(lines))  # so that markers at one height do not hide one another
+            for number, line in enumerate(lines):
+                places, shares, errors = zip(*line.points, strict=True)
+                if line.kind != "ceiling":
+                    places = tuple(place + beside * (number - len(lines) / 2) for place in places)
+                drawn = [max(share, LOWEST) for share in shares]
+                if line.kind == "ceiling":
+                    dashes = (6, 3) if max(shares) > 0.99 else (2, 2)
+                    axis.plot(places, drawn, dashes=dashes, color=GREY, linewidth=1.5, label=line.label)
+                    continue
+                if line.kind == "control":
+                    marker, dash = next(controls)
+                    colour, fill = ORANGE, "white"
+                else:
+                    (marker, colour), dash = next(looks), "-"
+                    fill = colour
+                axis.plot(places, drawn, dash, color=colour, linewidth=1.3, zorder=2)
+                seen = [i for i, share in enumerate(shares) if share >= LOWEST]
+                axis.errorbar(
+                    [places[i] for i in seen],
+                    [shares[i] for i in seen],
+                    [2 * errors[i] for i in seen],
+                    fmt=marker,
+                    color=colour,
+                    markerfacecolor=fill,
+                    markersize=6,
+                    elinewidth=1,
+                    label=line.label,
+                    zorder=3,
+                )
+                low = [places[i] for i, share in enumerate(shares) if share < LOWEST]
+                axis.plot(low, [LOWEST + 0.02] * len(low), marker=7, linestyle="", color=colour, markersize=7)
+            axis.set_ylim(LOWEST - 0.02, 1.12)
+            axis.set_xlim(-0.4, len(sources) - 0.6)
+            axis.set_xticks(range(len(sources)), sources, rotation=35 if len(sources) > 3 else 0, fontsize=8)
+            axis.set_title(f"in {name}", fontsize=10)
+        axes[0].set_ylabel("recovered gap (1: the target's own training)")
+        axes[0].figure.suptitle(
+            "What each method recovers, by source (mean over tasks, ± 2 standard errors)", fontsize=11
+        )
+        named: dict[str, Any] = {}
+        for axis in axes:
+            named |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        axes[0].figure.legend(
+            list(named.values()), list(named), loc="outside lower center", ncol=4, fontsize=8, frameon=False
+        )
     return image.data
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pkt_stages.reporting.table import signed
-
 
 def page(**content: Any) -> str:
     """Fill report.html.j2, which names what it needs."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = files("pkt_stages.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text).render(signed=signed, **content)
+    return environment.from_string(text).render(**content)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from pkt_stages.reporting.table import SEED, Cell, Difference, Row, results
+from pkt_stages.reporting.measure import POINTS
+from pkt_stages.reporting.table import Cell, Difference, Row, corrected, difference
 
 # Metrics of one pair by row and task; the source's and the target's rows go by these two words.
 Metrics = Mapping[str, Mapping[str, dict[str, Any]]]
@@ -28,10 +29,11 @@ class Verdict:
     def text(self) -> str:
         """What the test says of the claim: that no difference is shown is no proof that there is none."""
         found = {"▲": "higher", "▼": "lower", "": "nothing"}[self.difference.mark]
+        seen = f" ({self.difference.power_text})" if found == "nothing" else ""
         if self.says == "nothing":
-            return "no difference shown" if found == "nothing" else "no: " + found
+            return f"no difference shown{seen}" if found == "nothing" else "no: " + found
         if found == "nothing":
-            return "not shown"
+            return f"not shown{seen}"
         return "yes" if found == self.says else "no: " + found
 
 
@@ -94,40 +96,24 @@ def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Clai
 
     p-values are corrected (Holm) over all claims and tasks of the section.
     """
-    import torch
-
-    from pkt_stages.core.statistics import compare, holm
-
     content = _content()
     paper = content["scores"][LLAMA]
-    found: list[tuple[dict[str, Any], dict[str, Difference]]] = []
+    found: list[tuple[dict[str, Any], str]] = []
+    compared = []
     for claim in content[section]:
         if claim["row"] not in metrics or claim["other"] not in metrics:
             continue
-        by_task = {}
         for task in tasks:
-            row, other = (results(metrics[claim[side]][task]) for side in ("row", "other"))
-            made = compare(row, other, torch.Generator().manual_seed(SEED))
-            by_task[task] = Difference(**asdict(made), adjusted_p=made.p_value)
-        found.append((claim, by_task))
-    if not found:
-        return []
-    raw = torch.tensor([d.p_value for _, by_task in found for d in by_task.values()], dtype=torch.float64)
-    adjusted = iter(holm(raw).tolist())
-    return [
-        Claim(
-            claim["text"],
-            {
-                task: Verdict(
-                    replace(difference, adjusted_p=next(adjusted)),
-                    _paper_difference(paper, claim, task),
-                    claim["says"],
-                )
-                for task, difference in by_task.items()
-            },
-        )
-        for claim, by_task in found
-    ]
+            both = [metrics[claim[side]][task] for side in ("row", "other")]
+            if all(map(POINTS.measured, both)):
+                row, other = map(POINTS.results, both)
+                found.append((claim, task))
+                compared.append((difference(row, other, POINTS), row, other))
+    made: dict[str, Claim] = {}
+    for (claim, task), differs in zip(found, corrected(compared, POINTS), strict=True):
+        one = made.setdefault(claim["text"], Claim(claim["text"], {}))
+        one.verdicts[task] = Verdict(differs, _paper_difference(paper, claim, task), claim["says"])
+    return list(made.values())
 
 
 def _paper_difference(paper: Mapping[str, Mapping[str, float]], claim: Mapping[str, str], task: str) -> float | None:

@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from pkt_stages.profile import GROUPS, Method, Profile
+from pkt_stages.profile import GROUPS, Method, Profile, chat_model
 from pkt_stages.reporting import figures
 from pkt_stages.reporting.figures import Drawing
+from pkt_stages.reporting.measure import NATS, POINTS, Measure
 from pkt_stages.reporting.paper import Claim, claims
 from pkt_stages.reporting.reading import Folder
 from pkt_stages.reporting.table import MODELS, Head, Row, table
 
-EVALUATION = ("task", "model", "ids", "runs", "settings", "made")
+EVALUATION = ("task", "model", "ids", "runs", "settings", "made", "nats")
 ALIGNMENT = ("params", "selection", "chosen_step", "steps", "validation_loss_without_delta")
-CONTROLS = GROUPS["control"].section
+CONTROLS, CEILINGS = GROUPS["control"].section, GROUPS["oracle"].section
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Result:
     """All that one pair of models has to show.
 
     Attributes:
+        points, nats: the rows, measured either way.
         metrics: of the evaluations by row and task.
         alignments: metrics by method and task.
         steps: evaluations after every step of an alignment, by method and task.
@@ -31,7 +33,8 @@ class Result:
 
     source: str
     target: str
-    rows: list[Row]
+    points: list[Row]
+    nats: list[Row]
     metrics: dict[str, dict[str, dict[str, Any]]]
     alignments: dict[str, dict[str, Any]]
     steps: dict[str, dict[str, Any]]
@@ -39,14 +42,19 @@ class Result:
     controls: list[Claim]
 
     @property
-    def groups(self) -> list[tuple[str, list[Row]]]:
-        return [(group, list(members)) for group, members in groupby(self.rows, lambda row: row.group)]
+    def tables(self) -> list[tuple[Measure, list[tuple[str, list[Row]]]]]:
+        """By measure the rows by section; a measure that no row has is left out."""
+        return [
+            (measure, [(group, list(members)) for group, members in groupby(rows, lambda row: row.group)])
+            for measure, rows in ((POINTS, self.points), (NATS, self.nats))
+            if any(row.cells for row in rows)
+        ]
 
     @property
     def named(self) -> dict[str, Row]:
         """Rows by name, the two models' as `source` and `target`."""
-        names = {self.source: "source", self.target: "target"}
-        return {names.get(row.slug, row.slug): row for row in self.rows}
+        names = {chat_model(self.source): "source", self.target: "target"}
+        return {names.get(row.slug, row.slug): row for row in self.points}
 
     @property
     def shown(self) -> dict[str, dict[str, Any]]:
@@ -56,8 +64,9 @@ class Result:
     def numbers(self) -> dict[str, Any]:
         """Everything as JSON values, by row and task."""
         return {
-            "rows": {row.slug: asdict(row) for row in self.rows},
-            "order": [row.slug for row in self.rows],
+            "rows": {row.slug: asdict(row) for row in self.points},
+            "nats": {row.slug: asdict(row) for row in self.nats},
+            "order": [row.slug for row in self.points],
             "alignments": {
                 method: {
                     task: {
@@ -79,6 +88,12 @@ class Result:
         made: dict[str, list[Drawing]] = {"forest": [], "losses": [], "steps": []}
         kinds = {MODELS: "model", CONTROLS: "control"}
         for task, title in tasks.items():
+            # Where nothing was generated, what there is.
+            measure, rows = next(
+                (m, found)
+                for m, found in ((POINTS, self.points), (NATS, self.nats))
+                if any(task in r.cells for r in found)
+            )
             intervals = [
                 figures.Interval(
                     label=row.label,
@@ -89,11 +104,12 @@ class Result:
                     high=versus.high,
                     marked=bool(versus.mark),
                 )
-                for row in self.rows
-                if (versus := row.cells[task].versus) is not None
+                for row in rows
+                if (versus := row.versus(task)) is not None
             ]
             alt = f"{title}: difference to the target with its 95 % interval, one line per row; numbers in the table"
-            made["forest"].append(Drawing(f"{pair}_differences_{task}", figures.forest(title, intervals), alt))
+            png = figures.forest(title, intervals, measure.name)
+            made["forest"].append(Drawing(f"{pair}_differences_{task}", png, alt))
         for method, by_task in self.shown.items():
             for task, found in by_task.items():
                 values = [found["validation_loss_without_delta"], *(step["validation_loss"] for step in found["steps"])]
@@ -107,7 +123,7 @@ class Result:
                     steps.setdefault(one["label"].split("/")[0], []).append(one["score"])
                 title = f"{self.named[method].label}, {tasks[task]}"
                 chosen = self.alignments[method][task]["chosen_step"]
-                target = self.named["target"].cells[task].score
+                target = self.named["target"].cells[task].mean
                 png = figures.score_by_step(title, list(steps.values()), chosen, target)
                 made["steps"].append(Drawing(f"{pair}_steps_{method}_{task}", png, f"{title}: test score by step"))
         return made
@@ -123,20 +139,23 @@ def result(
         adopted: rows taken over that are methods.
     """
     tasks, target = profile.tasks, profile.target
-    methods = in_sections([Method(name, "finetune", {}) for name in adopted], profile.methods)
-    heads = [Head(source, MODELS, f"source: {source}"), Head(target, MODELS, f"target: {target}")]
+    own, model = profile.of_source(source), chat_model(source)
+    methods = in_sections([Method(name, "finetune", {}) for name in adopted], own)
+    heads = [Head(model, MODELS, f"source: {model}"), Head(target, MODELS, f"target: {target}")]
     heads += [Head(method.name, method.section, titles[method.name]) for method in methods]
-    folders = {source: (source,), target: (target,)} | {method.name: method.folder(source) for method in methods}
+    folders = {model: (model,), target: (target,)} | {method.name: method.folder(source) for method in methods}
     found = {name: evaluated.by_task(tasks, *folder, keys=EVALUATION) for name, folder in folders.items()}
-    named = {{source: "source", target: "target"}.get(row, row): by_task for row, by_task in found.items()}
+    named = {{model: "source", target: "target"}.get(row, row): by_task for row, by_task in found.items()}
     return Result(
         source=source,
         target=target,
-        rows=table(heads, found, target),
+        points=table(heads, found, target, POINTS),
+        nats=table(heads, found, target, NATS),
         metrics=found,
         alignments={
             method.name: analysed.by_task(tasks, "align", *method.folder(source), keys=ALIGNMENT)
-            for method in profile.in_group("align")
+            for method in own
+            if method.group == "align"
         },
         steps={
             name: evaluated.by_task(tasks, "steps", *profile.method(name).folder(source), keys=EVALUATION)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pkt_stages.profile import GROUPS, Profile
+from pkt_stages.profile import Profile
 from pkt_stages.reporting.analysis import Compared, Neurons
 from pkt_stages.reporting.result import Result
 
@@ -33,10 +33,10 @@ def used(
 ) -> Iterator[Used]:
     """What the metrics record; an alignment's settings are among those of `pkt inject`, and those of
     `attribute` are known where its neurons are shown. `titles` are the tasks'."""
-    by_source = {method.name for method in profile.methods if GROUPS[method.group].by_source}
+    by_source = {method.name for method in profile.methods if method.by_source}
     for result in results:
         more = f", from {result.source}" if len(results) > 1 else ""
-        labels = {row.slug: row.label + (more if row.slug in by_source else "") for row in result.rows}
+        labels = {row.slug: row.label + (more if row.slug in by_source else "") for row in result.points}
         for slug, by_task in result.alignments.items():
             for task, metrics in by_task.items():
                 yield "select", labels[slug], titles[task], metrics["selection"]

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages.errors import UserError
+from pkt_stages.reporting.measure import Measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,19 +16,16 @@ if TYPE_CHECKING:
 TESTS = {"mcnemar": "McNemar", "sign_flip": "sign flip"}
 MODELS = "Models"  # the section above those of the methods
 ALPHA = 0.05
+POWER = 0.8
 SEED = 0
-
-
-def signed(points: float) -> str:
-    """Points with their sign and one decimal, without a minus before zero."""
-    return f"{round(points, 1) + 0.0:+.1f}"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row's difference to the target in points, see `core.statistics.Comparison`.
+    """A row's difference to the target in its measure's unit, see `core.statistics.Comparison`.
 
-    `adjusted_p` is `p_value` after Holm's correction over the rows of one table on one task.
+    `adjusted_p` is `p_value` after Holm's correction over the rows of one table on one task; `detectable` the smallest
+    true difference that the test would have shown at the strictest of Holm's levels (`core.statistics.detectable`).
     """
 
     difference: float
@@ -38,6 +36,8 @@ class Difference:
     test: str
     p_value: float
     adjusted_p: float
+    detectable: float
+    digits: int = 1
 
     @property
     def mark(self) -> str:
@@ -54,29 +54,74 @@ class Difference:
     def test_text(self) -> str:
         return TESTS[self.test]
 
+    @property
+    def power_text(self) -> str:
+        """What could have been seen, where no difference is shown; else nothing."""
+        if self.mark:
+            return ""
+        return f"≥{self.detectable:.{self.digits}f}" if self.detectable < float("inf") else "none"
+
+    def signed(self, value: float) -> str:
+        return f"{round(value, self.digits) + 0.0:+.{self.digits}f}"
+
     def text(self) -> str:
-        return f"{signed(self.difference)} ±{self.stderr:.1f} {self.p_text}{self.mark}"
+        seen = f" [{self.power_text}]" if self.power_text else ""
+        return f"{self.signed(self.difference)} ±{self.stderr:.{self.digits}f} {self.p_text}{self.mark}{seen}"
+
+
+def difference(row: Tensor, other: Tensor, measure: Measure) -> Difference:
+    """Two rows' results compared; the p-value is not corrected, the power is that of an uncorrected test."""
+    from torch import Generator
+
+    from pkt_stages.core.statistics import compare, detectable
+
+    found = compare(row, other, Generator().manual_seed(SEED), unit=measure.unit)
+    seen = detectable(row, other, found.test, ALPHA, POWER, measure.unit)
+    return Difference(**asdict(found), adjusted_p=found.p_value, detectable=seen, digits=measure.digits)
+
+
+def corrected(compared: Sequence[tuple[Difference, Tensor, Tensor]], measure: Measure) -> list[Difference]:
+    """The differences of one family, each with the two rows' results, after Holm's correction."""
+    import torch
+
+    from pkt_stages.core.statistics import detectable, holm
+
+    adjusted = holm(torch.tensor([found.p_value for found, _, _ in compared], dtype=torch.float64))
+    level = ALPHA / max(1, len(compared))
+    return [
+        replace(found, adjusted_p=p, detectable=detectable(row, other, found.test, level, POWER, measure.unit))
+        for (found, row, other), p in zip(compared, adjusted.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row's result on one task, in percent.
+    """One row's result on one task, in its measure's unit.
 
-    `score` and `stderr` are of the mean over test examples, each example's value being its mean over the runs; `runs`
-    are the scores of the runs (seeds, or LaTen's unseen examples) and `spread` their standard deviation, None for one
+    `mean` and `stderr` are of the mean over test examples, each example's value being its mean over the runs; `runs`
+    are the means of the runs (seeds, or LaTen's unseen examples) and `spread` their standard deviation, None for one
     run. `versus` is the difference to the target, None for the target itself.
     """
 
-    score: float
+    mean: float
     stderr: float
     n: int
     runs: dict[str, float]
     spread: float | None
     versus: Difference | None
+    digits: int = 1
+
+    @property
+    def mean_text(self) -> str:
+        return f"{round(self.mean, self.digits) + 0.0:.{self.digits}f}"
+
+    @property
+    def stderr_text(self) -> str:
+        return f"{self.stderr:.{self.digits}f}"
 
     def text(self) -> str:
-        spread = f" ({self.spread:.1f})" if self.spread is not None else ""
-        return f"{self.score:.1f} ±{self.stderr:.1f}{spread}"
+        spread = f" ({self.spread:.{self.digits}f})" if self.spread is not None else ""
+        return f"{self.mean_text} ±{self.stderr_text}{spread}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +135,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Row(Head):
-    """With its cells by task."""
+    """With its cells by task; a task whose evaluation has no such measure has none."""
 
     cells: dict[str, Cell]
 
@@ -98,49 +143,46 @@ class Row(Head):
     def num_runs(self) -> str:
         """How many runs, as `3`, or `1-3` where tasks differ."""
         counts = [len(cell.runs) for cell in self.cells.values()]
+        if not counts:
+            return ""
         return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
 
+    def versus(self, task: str) -> Difference | None:
+        """The difference to the target on a task, if there is one."""
+        return self.cells[task].versus if task in self.cells else None
 
-def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None) -> Cell:
+
+def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None, measure: Measure) -> Cell:
     """One cell from an evaluation's metrics, and the target's (None for the target itself).
 
     Raises:
         UserError: naming the row, if its examples or its settings are not the target's.
     """
-    import torch
-    from torch import Generator
+    from pkt_stages.core.statistics import mean_and_deviation, standard_error
 
-    from pkt_stages.core.statistics import compare, mean_and_deviation, standard_error
-
-    correct = results(metrics)
-    score, spread = mean_and_deviation(torch.tensor([run["score"] for run in metrics["runs"]], dtype=torch.float64))
-    versus = None
+    found = measure.results(metrics)
+    means = measure.unit * found.mean(1)
+    mean, spread = mean_and_deviation(means)
     if target is not None:
-        _check_comparable(row, metrics, target)
-        found = compare(correct, results(target), Generator().manual_seed(SEED))
-        versus = Difference(**asdict(found), adjusted_p=found.p_value)
+        _check_comparable(row, metrics, target, measure)
     return Cell(
-        score=score,
-        stderr=100 * standard_error(correct.mean(0)),
-        n=correct.shape[1],
-        runs={run["label"]: run["score"] for run in metrics["runs"]},
+        mean=mean,
+        stderr=measure.unit * standard_error(found.mean(0)),
+        n=found.shape[1],
+        runs={run["label"]: value for run, value in zip(metrics["runs"], means.tolist(), strict=True)},
         spread=spread,
-        versus=versus,
+        versus=difference(found, measure.results(target), measure) if target is not None else None,
+        digits=measure.digits,
     )
 
 
-def results(metrics: dict[str, Any]) -> Tensor:
-    """Right or wrong, `[run, example]` float64."""
-    import torch
-
-    return torch.tensor([run["correct"] for run in metrics["runs"]], dtype=torch.float64)
-
-
-def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any]) -> None:
+def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any], measure: Measure) -> None:
     where = f"row {row}, task {metrics['task']}"
     if metrics["ids"] != target["ids"]:
         raise UserError(f"{where}: evaluated on other examples than the target; evaluate again")
     for name in sorted(metrics["settings"].keys() | target["settings"].keys()):
+        if measure.settings and name not in measure.settings:
+            continue
         here, there = metrics["settings"].get(name), target["settings"].get(name)
         # Which sandbox ran the code depends on the host's kernel and is no part of the protocol.
         if here != there and name != "sandbox":
@@ -149,50 +191,75 @@ def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any])
             )
 
 
-def table(heads: Sequence[Head], metrics: Mapping[str, Mapping[str, dict[str, Any]]], target: str) -> list[Row]:
+def table(
+    heads: Sequence[Head], metrics: Mapping[str, Mapping[str, dict[str, Any]]], target: str, measure: Measure
+) -> list[Row]:
     """The table's rows, in the order of `heads`, from `metrics[slug][task]`; `target` is a slug."""
-    import torch
-
-    from pkt_stages.core.statistics import holm
-
     rows = []
     for head in heads:
         cells = {
-            task: summarise(head.slug, found, None if head.slug == target else metrics[target][task])
+            task: summarise(head.slug, found, None if head.slug == target else metrics[target][task], measure)
             for task, found in metrics[head.slug].items()
+            if measure.measured(found) and measure.measured(metrics[target][task])
         }
         rows.append(Row(head.slug, head.group, head.label, cells))
     for task in metrics[target]:
-        compared = [(row, versus) for row in rows if (versus := row.cells[task].versus) is not None]
-        adjusted = holm(torch.tensor([versus.p_value for _, versus in compared], dtype=torch.float64))
-        for (row, versus), p_value in zip(compared, adjusted.tolist(), strict=True):
-            row.cells[task] = replace(row.cells[task], versus=replace(versus, adjusted_p=p_value))
+        compared = [(row, versus) for row in rows if (versus := row.versus(task)) is not None]
+        values = [
+            (versus, measure.results(metrics[row.slug][task]), measure.results(metrics[target][task]))
+            for row, versus in compared
+        ]
+        for (row, _), versus in zip(compared, corrected(values, measure), strict=True):
+            row.cells[task] = replace(row.cells[task], versus=versus)
     return rows
 
 
-def markdown(rows: list[Row], tasks: Mapping[str, str]) -> str:
-    """Scores, then differences to the target, as two Markdown tables that a terminal shows aligned; in percent.
+def markdown(points: list[Row], nats: list[Row], tasks: Mapping[str, str]) -> str:
+    """Scores and log-likelihoods, each with differences to the target, as Markdown tables aligned for a terminal.
 
     Args:
+        points, nats: the same rows, measured either way.
         tasks: their titles by name.
     """
-    scores = [["score", "runs", *(f"{title} (n {rows[0].cells[task].n})" for task, title in tasks.items())]]
-    differences = [["difference to the target", *tasks.values()]]
-    for group, members in groupby(rows, lambda row: row.group):
-        for table in (scores, differences):
-            if group != MODELS:
-                table.append([f"**{group}**", *[""] * (len(table[0]) - 1)])
-        for row in members:
-            cells = [row.cells[task] for task in tasks]
-            scores.append([row.label, row.num_runs, *(cell.text() for cell in cells)])
-            if all(cell.versus for cell in cells):
-                differences.append([row.label, *(cell.versus.text() for cell in cells if cell.versus)])
-    return (
-        f"{aligned(scores)}\nScore ± standard error over test examples (standard deviation over runs).\n\n"
-        f"{aligned(differences)}\nDifference ± its standard error, and p (McNemar's test for one run, sign-flip test"
-        " for several; after Holm's\ncorrection over the rows). ▲ higher, ▼ lower than the target at p < .05; without"
-        " a mark no difference is shown.\n"
+    parts = []
+    for rows, what, unit, note in (
+        (points, "score", "in percent", "Score ± standard error over test examples (standard deviation over runs)."),
+        (
+            nats,
+            "log-likelihood",
+            "in nats",
+            "Mean log-likelihood of the reference answers, nats per token (mmlu: of the right letter); higher is"
+            " better.",
+        ),
+    ):
+        if not any(row.cells for row in rows):
+            continue
+        values = [[what, "runs", *(_titled(rows, task, title) for task, title in tasks.items())]]
+        differences = [[f"difference, {unit}", *tasks.values()]]
+        for group, members in groupby(rows, lambda row: row.group):
+            for made in (values, differences):
+                if group != MODELS:
+                    made.append([f"**{group}**", *[""] * (len(made[0]) - 1)])
+            for row in members:
+                values.append([row.label, row.num_runs, *(_text(row.cells.get(task)) for task in tasks)])
+                versus = [row.versus(task) for task in tasks]
+                if any(versus):
+                    differences.append([row.label, *(found.text() if found else "-" for found in versus)])
+        parts.append(f"{aligned(values)}\n{note}\n\n{aligned(differences)}")
+    return "\n".join(parts) + (
+        "\nDifference to the target ± its standard error, and p (McNemar's test for one run of answers, else sign-flip"
+        " test; after\nHolm's correction over the rows). ▲ higher, ▼ lower than the target at p < .05; without a mark"
+        " no difference is shown,\nand [≥x] says from which true difference on one would have been, with 80 % power.\n"
     )
+
+
+def _titled(rows: Sequence[Row], task: str, title: str) -> str:
+    counts = [row.cells[task].n for row in rows if task in row.cells]
+    return f"{title} (n {counts[0]})" if counts else title
+
+
+def _text(cell: Cell | None) -> str:
+    return cell.text() if cell is not None else "-"
 
 
 def aligned(table: list[list[str]]) -> str:

@@ -41,6 +41,8 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
         UserError: metrics that are missing, or that are not listed.
     """
     from pkt_stages.reporting import analysis, paper, table
+    from pkt_stages.reporting.ladder import MEASURES, drawing, ladder, sentences
+    from pkt_stages.reporting.ladder import markdown as climbed
     from pkt_stages.reporting.page import page
     from pkt_stages.reporting.result import EVALUATION, result
     from pkt_stages.reporting.settings import in_force, used
@@ -49,30 +51,43 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
     adopted = {name: evaluated.by_task(profile.tasks, name, keys=EVALUATION) for name in profile.adopted}
     taken = [name for name, found in adopted.items() if any(metrics["made"] for metrics in found.values())]
     names = paper.titles([*taken, *(method.name for method in profile.methods)])
-    results = [result(evaluated, analysed, profile, source, names, taken) for source in profile.sources]
+    results = [result(evaluated, analysed, profile, source, names, taken) for source in profile.sources["source"]]
     models = {name: evaluated.by_task(profile.tasks, name, keys=EVALUATION) for name in profile.models}
     models |= {name: found for name, found in adopted.items() if name not in taken}
     compared = analysis.compared(analysed, profile, names, titles)
     neurons = [
         (model, analysed.read("neurons", model, task, keys=("params", "attribution", "examples")))
         for task in profile.analysed["task"]
-        for model in profile.models
+        for model in profile.attributed
     ]
     for folder in (evaluated, analysed):
         folder.check_nothing_else(profile.path)
 
+    ladders = []
+    if profile.oracle is not None:
+        known = models[profile.oracle]
+        ladders = [made for m in MEASURES if (made := ladder(profile, results, known, m)) is not None]
+    climbs = [drawing(ladders)] if ladders else []
+    told = sentences(ladders[0]) if ladders else []
     drawn = [result.drawings(titles) for result in results]
     sections = analysis.sections(compared, neurons)
-    drawings = [d for by_kind in drawn for group in by_kind.values() for d in group]
+    drawings = climbs + [d for by_kind in drawn for group in by_kind.values() for d in group]
     drawings += [d for section in sections for d in section.drawings]
     return Report(
-        summary=f"{sum(len(r.rows) for r in results)} rows on {len(titles)} tasks, {len(drawings)} figures",
-        numbers={f"{r.source}-{r.target}": r.numbers() for r in results},
+        summary=f"{sum(len(r.points) for r in results)} rows on {len(titles)} tasks, {len(drawings)} figures",
+        numbers={f"{r.source}-{r.target}": r.numbers() for r in results}
+        | ({"recovered": {made.measure.name: made.numbers() for made in ladders}} if ladders else {}),
         table="\n".join(
-            f"### {r.source} to {r.target}, in percent\n\n{table.markdown(r.rows, titles)}" for r in results
+            ([climbed(ladders, told)] if ladders else [])
+            + [f"### {r.source} to {r.target}\n\n{table.markdown(r.points, r.nats, titles)}" for r in results]
         ),
         page=page(
             profile=profile.name,
+            oracle=profile.oracle,
+            target=profile.target,
+            ladders=ladders,
+            climbs=climbs,
+            told=told,
             results=list(zip(results, drawn, strict=True)),
             tasks=titles,
             sections=sections,

@@ -18,6 +18,7 @@ from tests.reporting.metrics import profile as write_profile
 SITES = ("ffn_up", "ffn_down", "attn_v", "attn_o")
 ANALYSED = {
     "task": ["gsm8k"],
+    "source": ["s"],
     "methods": ["laten"],
     "seeking": ["postpkt_seeking"],
     "target_methods": ["postpkt_pissa"],
@@ -28,7 +29,7 @@ LISTED: dict[str, Any] = {
         "finetune_seeking": {"postpkt_seeking": {}},
         "finetune": {"postpkt_pissa": {}},
     },
-    "pairs": {"pair": {"first": "s", "second": "t"}, "x": {"first": "x-base", "second": "x-chat"}},
+    "pairs": {"pair": {"first": "s-chat", "second": "t"}, "x": {"first": "x-base", "second": "x-chat"}},
     "analysed": ANALYSED,
 }
 NEURON = {"site": "ffn_down", "layer": 1, "neuron": 7, "score": 0.5, "tokens": [" a", "\n"]}
@@ -77,7 +78,7 @@ def test_everything_that_is_listed_and_nothing_else(folder: Path, profile: Profi
     found.check_nothing_else(Path("params.yaml"))
     cka, similarity, deltas, neurons = sections(comparisons, [("t", NEURONS)])
     assert [row[0] for row in cka.grids[0].rows] == [
-        "s and t",
+        "s-chat and t",
         "x-base and x-chat",
         "target before and after LaTen, GSM8K",
         "target before and after LoRA, Seeking init, GSM8K",
@@ -86,7 +87,7 @@ def test_everything_that_is_listed_and_nothing_else(folder: Path, profile: Profi
     # Mean over all pairs of layers (2 of 8 on the diagonal), and over equal layers where there are as many.
     assert cka.grids[0].rows[0][1:] == ["0.20"] * 4 + [""] * 4
     assert cka.grids[0].rows[1][1:] == ["0.30"] * 4 + ["0.50"] * 4
-    assert "Between s and t it is 0.20 on average" in cka.text
+    assert "Between s-chat and t it is 0.20 on average" in cka.text
     assert similarity.grids[0].rows[0] == ["LoRA, Seeking init, GSM8K: W, start", *["+0.375"] * 4]
     assert deltas.grids[0].rows[0] == ["x-chat - x-base", "-1.5000", "+0.2500", "1.25e-01", "75.0%", "25.0%"]
     assert neurons.grids[0].caption == "t, e1: predicts '8'"
@@ -132,8 +133,21 @@ def test_with_two_sources_the_source_is_named(folder: Path, tmp_path: Path) -> N
         tmp_path,
         source=sources,
         seek_source=sources,
-        models=[*sources, "t"],
+        models=["s-chat", "s2-chat", "t"],
+        attributed=["s-chat", "s2-chat", "t"],
         made_by=LISTED["made_by"],
-        analysed={"task": ["gsm8k"], "methods": ["laten"]},
+        analysed={"task": ["gsm8k"], "source": sources, "methods": ["laten"]},
     )
     assert [one.change for one in read(Folder(folder), both)] == ["LaTen, GSM8K, from s", "LaTen, GSM8K, from s2"]
+
+
+def test_of_several_sources_those_are_shown_that_the_params_analyse(folder: Path, tmp_path: Path) -> None:
+    both = write_profile(
+        tmp_path,
+        source=["s2", "s"],
+        models=["s-chat", "s2-chat", "t"],
+        attributed=["s-chat", "s2-chat", "t"],
+        made_by=LISTED["made_by"],
+        analysed={"task": ["gsm8k"], "source": ["s"], "methods": ["laten"]},
+    )
+    assert [one.change for one in read(Folder(folder), both)] == ["LaTen, GSM8K"]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from pkt_stages.reporting import paper
+from pkt_stages.reporting.measure import POINTS
 from pkt_stages.reporting.table import Head, table
 from tests.reporting.metrics import metrics
 
@@ -28,29 +29,37 @@ def test_claims_are_paired_tests_of_two_rows() -> None:
     assert (laten.text, laten.difference.difference, laten.paper) == ("yes", 100.0, pytest.approx(4.40))
     assert laten.difference.adjusted_p == pytest.approx(3 * 2 / 1024)
     assert (unaligned.text, unaligned.paper) == ("no: higher", pytest.approx(7.28 - 16.07))
-    assert (kd.text, kd.difference.difference) == ("no difference shown", 10.0)
+    # At .05 / 3 seven wins or more and no loss are shown: 80 % of the time if 76.1 % of the examples are won.
+    assert (kd.text, kd.difference.difference) == ("no difference shown (≥76.1)", 10.0)
     assert paper.claims(found(target=[0.0]), ["gsm8k"], section="controls") == []
 
 
 def test_a_claim_without_evidence_is_not_shown() -> None:
     rows = found(laten=[1.0, 1.0, *[0.0] * 8], control_random_delta=[0.0] * 10)
     (claim,) = paper.claims(rows, ["gsm8k"], section="controls")
-    assert (claim.verdicts["gsm8k"].text, claim.verdicts["gsm8k"].paper) == ("not shown", None)
+    # Six wins or more and no loss would have been: 80 % of the time if 67.3 % of the examples are won.
+    assert (claim.verdicts["gsm8k"].text, claim.verdicts["gsm8k"].paper) == ("not shown (≥67.3)", None)
+
+
+def test_a_claim_is_not_tested_where_one_side_has_no_answers() -> None:
+    rows = found(laten=[1.0] * 10)
+    rows["target"] = {"gsm8k": metrics([0.0] * 10, ids=TEN, answered=False)}
+    assert paper.claims(rows, ["gsm8k"], section="claims") == []
 
 
 def test_tables_of_the_paper_where_the_models_are_its_own() -> None:
     rows = found(target=[0.0] * 10, source=[1.0] * 10, laten=[1.0] * 5 + [0.0] * 5)
     heads = [Head(name, "any", paper.titles([name])[name]) for name in rows]
-    found_rows = {row.slug: row for row in table(heads, rows, "target")}
-    assert paper.tables({("source-chat", "target-chat"): found_rows}) == []
-    made = paper.tables({("llama2-13b-chat", "llama2-7b-chat"): found_rows})
+    found_rows = {row.slug: row for row in table(heads, rows, "target", POINTS)}
+    assert paper.tables({("source", "target-chat"): found_rows}) == []
+    made = paper.tables({("llama2-13b", "llama2-7b-chat"): found_rows})
     assert [(t.number, [row.label for row in t.rows]) for t in made] == [
         (1, ["target", "source", "LaTen"]),
         (6, ["target", "source"]),
         (7, ["target", "source", "LaTen"]),
     ]
     ours, theirs = made[0].rows[2].cells["gsm8k"]
-    assert (ours.score, theirs) == (50.0, 20.47)
+    assert (ours.mean, theirs) == (50.0, 20.47)
     math = paper.tables({("wizardmath-13b", "llama2-7b-chat"): found_rows})
     assert [(t.number, [(row.pair, row.label) for row in t.rows]) for t in math] == [
         (6, [("WizardMath-13B to Llama-2 7B", "source")])

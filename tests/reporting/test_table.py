@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pkt_stages.errors import UserError
+from pkt_stages.reporting.measure import NATS, POINTS
 from pkt_stages.reporting.paper import titles
 from pkt_stages.reporting.table import MODELS, Difference, Head, markdown, summarise, table
 from tests.reporting.metrics import TASKS, metrics
@@ -14,15 +15,28 @@ HEADS = [Head("s", MODELS, "source: s"), Head("t", MODELS, "target: t"), Head("l
 
 
 def test_one_run() -> None:
-    cell = summarise("laten", metrics([1, 0, 1, 1]), None)
-    assert (cell.score, cell.n, cell.runs, cell.spread, cell.versus) == (75.0, 4, {"seed_0": 75.0}, None, None)
+    cell = summarise("laten", metrics([1, 0, 1, 1]), None, POINTS)
+    assert (cell.mean, cell.n, cell.runs, cell.spread, cell.versus) == (75.0, 4, {"seed_0": 75.0}, None, None)
     assert cell.stderr == pytest.approx(100 * (0.1875 / 3) ** 0.5)  # sqrt(p (1 - p) / (n - 1))
     assert cell.text() == "75.0 ±25.0"
 
 
+def test_a_likelihood_is_measured_in_nats_with_three_digits() -> None:
+    found = metrics([1, 0, 1, 1], nats=[[-0.5, -1.0, -0.25, -0.25]])
+    cell = summarise("laten", found, None, NATS)
+    assert (cell.mean, cell.n, cell.runs, cell.spread) == (-0.5, 4, {"seed_0": -0.5}, None)
+    assert cell.stderr == pytest.approx((0.375 / 3 / 4) ** 0.5)
+    assert cell.text() == "-0.500 ±0.177"
+    versus = summarise("laten", found, metrics([0, 0, 0, 0], nats=[[-1.0, -1.0, -1.0, -1.0]]), NATS).versus
+    assert versus is not None
+    # Differences 0.5, 0, 0.75, 0.75.
+    assert (versus.difference, versus.test) == (0.5, "sign_flip")
+    assert versus.text().startswith("+0.500 ±0.177 ")
+
+
 def test_several_runs_and_the_paired_difference() -> None:
-    cell = summarise("laten", metrics([1, 1, 0, 1], [1, 0, 0, 1]), metrics([1, 0, 0, 0]))
-    assert cell.score == 62.5
+    cell = summarise("laten", metrics([1, 1, 0, 1], [1, 0, 0, 1]), metrics([1, 0, 0, 0]), POINTS)
+    assert cell.mean == 62.5
     assert cell.spread == pytest.approx(17.677669)
     assert cell.text() == "62.5 ±23.9 (17.7)"
     assert cell.versus is not None
@@ -37,13 +51,26 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^row kd, task gsm8k: evaluated on other examples than the target; evaluate again$"
     ):
-        summarise("kd", one, metrics([1, 0, 1, 1], ids="abce"))
+        summarise("kd", one, metrics([1, 0, 1, 1], ids="abce"), POINTS)
     with pytest.raises(
         UserError,
         match=r"^row kd, task gsm8k: evaluated with backend hf, the target with vllm; evaluate both with",
     ):
-        summarise("kd", one, metrics([1, 0, 1, 1], backend="vllm"))
-    assert summarise("kd", one, metrics([1, 0, 1, 1], sandbox="rlimits")).versus is not None
+        summarise("kd", one, metrics([1, 0, 1, 1], backend="vllm"), POINTS)
+    assert summarise("kd", one, metrics([1, 0, 1, 1], sandbox="rlimits"), POINTS).versus is not None
+
+
+def test_how_answers_were_generated_matters_for_points_alone() -> None:
+    """A likelihood is of the reference answer, which nobody generates; what computes it matters for both."""
+    one, other = metrics([1, 0, 1, 1], max_new_tokens=8), metrics([1, 0, 1, 1], max_new_tokens=9)
+    with pytest.raises(UserError, match=r"evaluated with max_new_tokens 8, the target with 9; evaluate both with"):
+        summarise("kd", one, other, POINTS)
+    assert summarise("kd", one, other, NATS).versus is not None
+    for name, value in (("backend", "vllm"), ("template", "tulu"), ("dtype", "float16")):
+        with pytest.raises(UserError, match=f"^row kd, task gsm8k: evaluated with {name} "):
+            summarise("kd", one, metrics([1, 0, 1, 1], **{name: value}), NATS)
+    with pytest.raises(UserError, match="evaluated on other examples than the target"):
+        summarise("kd", one, metrics([1, 0, 1, 1], ids="abce"), NATS)
 
 
 def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
@@ -56,7 +83,7 @@ def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
         "laten": {"gsm8k": metrics([1.0] * 2 + [0.0] * 6, ids=ids)},
     }
     rows = {
-        row.slug: row.cells["gsm8k"].versus for row in table([*HEADS, Head("kd", "Distillation", "KD")], found, "t")
+        row.slug: row.versus("gsm8k") for row in table([*HEADS, Head("kd", "Distillation", "KD")], found, "t", POINTS)
     }
     assert list(rows) == ["s", "t", "laten", "kd"]
     source, laten, kd = rows["s"], rows["laten"], rows["kd"]
@@ -64,21 +91,41 @@ def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
     assert rows["t"] is None
     assert source.adjusted_p == pytest.approx(3 * 2 / 256)
     assert (laten.p_value, laten.adjusted_p, kd.adjusted_p) == (0.5, 1.0, 1.0)
+    # Of eight examples only seven or eight wins and no loss are shown at .05 / 3, the strictest of Holm's levels:
+    # d^8 + 8 d^7 (1 - d) = 0.8 at d = 0.8956.
     assert (source.text(), laten.text(), kd.text()) == (
         "+100.0 ±0.0 .023▲",
-        "+25.0 ±16.4 1.000",
-        "+0.0 ±0.0 1.000",
+        "+25.0 ±16.4 1.000 [≥89.6]",
+        "+0.0 ±0.0 1.000 [≥89.6]",
     )
 
 
 def test_marks() -> None:
-    def difference(points: float, adjusted_p: float) -> str:
-        return Difference(points, 1.0, 0, 0, 1, "mcnemar", 0.0, adjusted_p).text()
+    def difference(points: float, adjusted_p: float, detectable: float = 4.44, digits: int = 1) -> str:
+        return Difference(points, 1.0, 0, 0, 1, "mcnemar", 0.0, adjusted_p, detectable, digits).text()
 
     assert difference(-2.04, 0.0004) == "-2.0 ±1.0 <.001▼"
     assert difference(2.0, 0.049) == "+2.0 ±1.0 .049▲"
-    assert difference(2.0, 0.05) == "+2.0 ±1.0 .050"
-    assert difference(-0.01, 1) == "+0.0 ±1.0 1.000"
+    assert difference(2.0, 0.05) == "+2.0 ±1.0 .050 [≥4.4]"
+    assert difference(-0.01, 1) == "+0.0 ±1.0 1.000 [≥4.4]"
+    assert difference(2.0, 0.05, float("inf")) == "+2.0 ±1.0 .050 [none]"
+    assert difference(-0.0004, 1, 0.0444, 3) == "+0.000 ±1.000 1.000 [≥0.044]"
+
+
+def test_a_row_is_left_out_of_the_table_of_what_was_not_measured() -> None:
+    found = {
+        "s": {"gsm8k": metrics([1, 1, 1, 1])},
+        "t": {"gsm8k": metrics([1, 0, 0, 1])},
+        "laten": {"gsm8k": metrics([1, 1, 0, 1], answered=False)},
+    }
+    points, nats = ({row.slug: row for row in table(HEADS, found, "t", measure)} for measure in (POINTS, NATS))
+    assert (points["laten"].cells, points["laten"].num_runs, points["laten"].versus("gsm8k")) == ({}, "", None)
+    assert points["s"].cells and nats["laten"].cells["gsm8k"].mean == -1.25
+    # Without an answer of the target nothing can be compared in points.
+    found["t"] = {"gsm8k": metrics([1, 0, 0, 1], answered=False)}
+    assert not any(row.cells for row in table(HEADS, found, "t", POINTS))
+    text = markdown(table(HEADS, found, "t", POINTS), table(HEADS, found, "t", NATS), TASKS)
+    assert "| score" not in text and "| log-likelihood |" in text
 
 
 def test_the_tables() -> None:
@@ -87,7 +134,7 @@ def test_the_tables() -> None:
         "t": {"gsm8k": metrics([1, 0, 0, 1])},
         "laten": {"gsm8k": metrics([1, 1, 0, 1], [1, 0, 0, 1])},
     }
-    text = markdown(table(HEADS, found, "t"), TASKS)
+    text = markdown(table(HEADS, found, "t", POINTS), table(HEADS, found, "t", NATS), TASKS)
     assert text.startswith(
         "| score      | runs | GSM8K (n 4)       |\n"
         "|------------|------|-------------------|\n"
@@ -96,9 +143,21 @@ def test_the_tables() -> None:
         "| **PrePKT** |      |                   |\n"
         "| LaTen      | 2    | 62.5 ±23.9 (17.7) |\n"
         "\nScore ± standard error over test examples (standard deviation over runs).\n"
-        "\n| difference to the target | GSM8K             |\n"
+        "\n| difference, in percent | GSM8K                     |\n"
     )
-    assert "| LaTen                    | +12.5 ±12.5 1.000 |\n" in text
+    # Of four examples no test at .05 / 2 can show anything with right and wrong answers alone.
+    assert "| source: s              | +50.0 ±28.9 1.000 [none]  |\n" in text
+    assert "| LaTen                  | +12.5 ±12.5 1.000 [≥38.5] |\n" in text
+    # The log-likelihoods of `metrics` are -1 and -2, so that their differences are those of the shares.
+    assert (
+        "| log-likelihood | runs | GSM8K (n 4)           |\n"
+        "|----------------|------|-----------------------|\n"
+        "| source: s      | 1    | -1.000 ±0.000         |\n"
+        "| target: t      | 1    | -1.500 ±0.289         |\n"
+        "| **PrePKT**     |      |                       |\n"
+        "| LaTen          | 2    | -1.375 ±0.239 (0.177) |\n"
+    ) in text
+    assert "| LaTen               | +0.125 ±0.125 1.000 [≥0.385] |\n" in text
 
 
 def test_the_tables_fit_a_terminal() -> None:
@@ -113,6 +172,7 @@ def test_the_tables_fit_a_terminal() -> None:
     found = {"source-chat": results(0.9, 1), "target-chat": results(0.4, 1)} | {n: results(0.6, 3) for n in names}
     heads = [Head(model, MODELS, f"source: {model}") for model in ("source-chat", "target-chat")]
     heads += [Head(name, "any", title) for name, title in titles(names).items()]
-    text = markdown(table(heads, found, "target-chat"), tasks)
+    points, nats = (table(heads, found, "target-chat", measure) for measure in (POINTS, NATS))
+    text = markdown(points, nats, tasks)
     assert "▲" in text
     assert max(map(len, text.splitlines())) <= 120

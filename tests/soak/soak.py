@@ -7,14 +7,20 @@ It takes some 20 minutes; `make test` has a short form (tests/pipeline/test_inte
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
+import string
 from pathlib import Path
 from typing import Any
 
+from pkt_stages.examples import write_jsonl
 from tests.conftest import make_model
 from tests.pipeline.repository import LATEN, make_repository, run, shrink
 from tests.profiles import rows
 from tests.soak.interruptions import Act, Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
+
+SOURCE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4}
+SOURCE |= {"num_attention_heads": 6, "num_key_value_heads": 3}
 
 
 def every_stage(params: dict[str, Any]) -> None:
@@ -30,8 +36,14 @@ def every_stage(params: dict[str, Any]) -> None:
         finetune_answers={"seqkd": {"generate": {"train_set": "align"}, "finetune": {"init": "random"}}},
         distill={"kd": {"objective": "kd"}},
         control={"control_random_delta": {"code": "random_delta"}},
+        oracle={"own": {"code": "own"}},
+        transport={"matched": {"code": "matched", "vocabulary": False}},
+        transport_control={"control_random_transport": {"code": "random_delta"}},
     )
-    params |= {"seek_source": ["source-chat"], "every_step": ["laten"]}
+    params |= {"every_step": ["laten"], "correlate": {"num_texts": 6}}
+    params |= {"seek_source": ["source"], "teacher": ["source"], "transport_source": ["source"]}
+    params |= {"oracle": "target-base", "models": [*params["models"], "target-base"]}
+    params["reexpressed"] = {"reexpressed-base": {"of": "target-base", "like": "source-base", "how": {"seed": 0}}}
     params["analysed"] |= {"methods": ["laten"], "seeking": ["postpkt_seeking"], "target_methods": ["postpkt_pissa"]}
     params["pairs"]["target"] = {"first": "target-base", "second": "target-chat"}
     params["generate"] = {"max_new_tokens": 4}
@@ -67,6 +79,11 @@ def points(writes: list[Write]) -> list[Fault]:
 def test_results_do_not_depend_on_what_broke_a_run(tmp_path: Path) -> None:
     calm = make_repository(tmp_path / "calm", every_stage)
     make_model(calm / "data/tiny/target-base", seed=3)
+    # As many tokens as a map of the residual stream needs.
+    texts = [{"text": f"Text {i}: {''.join(random.Random(i).choices(string.ascii_letters, k=90))}"} for i in range(6)]
+    write_jsonl(calm / "data/tiny/texts/texts.jsonl", texts)
+    for seed, phase in enumerate(("base", "chat"), start=4):  # heads as long and as shared as the target's
+        make_model(calm / f"data/tiny/source-{phase}", seed=seed, **SOURCE)
     run(calm, "git", "add", "-A")
     run(calm, "git", "commit", "-q", "-m", "nothing has run")
     rough = Path(shutil.copytree(calm, tmp_path / "rough"))

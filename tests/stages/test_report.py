@@ -33,7 +33,7 @@ def laten(given: str) -> dict[str, Any]:
 def inputs(tmp_path: Path) -> Path:
     write(tmp_path, made_by=MADE_BY)
     e = tmp_path / "r/evaluate"
-    write_json(e / "s/gsm8k.json", metrics([1, 1, 1, 1]))
+    write_json(e / "s-chat/gsm8k.json", metrics([1, 1, 1, 1]))
     write_json(e / "t/gsm8k.json", metrics([1, 0, 0, 1]))
     write_json(e / "laten/s/gsm8k.json", metrics([1, 1, 0, 1], [1, 0, 0, 1], made=laten("selected")))
     write_json(e / "control_random_rows/s/gsm8k.json", metrics([1, 0, 0, 1], [1, 0, 0, 1], made=laten("random")))
@@ -69,22 +69,28 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     labels = re.findall(r'<th scope="row">(.*?)</th>', page.split("<h2>Settings in force</h2>")[0])
     methods = ["LaTen", "grid top, pca random", "LoRA, random init", "LaTen on random rows"]
     claims = ["LaTen improves the target", "LaTen beats itself on random rows"]
-    # Scores, differences, claims, and LaTen's alignment (not its controls').
-    assert labels == ["source: s", "target: t", *methods, "source: s", *methods, *claims, "LaTen, GSM8K"]
+    tables = ["source: s-chat", "target: t", *methods, "source: s-chat", *methods]
+    # Scores and likelihoods, each with differences, claims, and LaTen's alignment (not its controls').
+    assert labels == [*tables, *tables, *claims, "LaTen, GSM8K"]
     table = (inputs / "r.md").read_text()
     assert "| LaTen                | 2    | 62.5 ±23.9 (17.7) |" in table
     sections = re.findall(r"\*\*(\w+)\*\*", table)
-    assert sections == ["PrePKT", "PostPKT", "Controls"] * 2
+    assert sections == ["PrePKT", "PostPKT", "Controls"] * 4
     numbers = json.loads((inputs / "r.json").read_text())["s-t"]
-    assert numbers["order"] == ["s", "t", "laten", "unaligned_top_pca_random", "postpkt_random", "control_random_rows"]
+    assert numbers["order"] == [
+        *("s-chat", "t"),
+        *("laten", "unaligned_top_pca_random", "postpkt_random", "control_random_rows"),
+    ]
     assert numbers["rows"]["laten"]["cells"]["gsm8k"]["versus"]["difference"] == 12.5
     assert numbers["rows"]["t"]["cells"]["gsm8k"]["versus"] is None
+    assert numbers["nats"].keys() == set(numbers["order"])
+    assert numbers["nats"]["laten"]["cells"]["gsm8k"]["versus"]["difference"] == 0.125
     assert numbers["alignments"] == {
         "laten": {"gsm8k": {"chosen_step": 2, "validation_loss_without_delta": 2.0, "validation_loss": [1.5, 1.25]}}
     }
     (claim,), (control,) = numbers["claims"], numbers["controls"]
     assert claim["claim"] == "LaTen improves the target" and control["claim"] == "LaTen beats itself on random rows"
-    assert (claim["tasks"]["gsm8k"]["difference"], claim["tasks"]["gsm8k"]["verdict"]) == (12.5, "not shown")
+    assert (claim["tasks"]["gsm8k"]["difference"], claim["tasks"]["gsm8k"]["verdict"]) == (12.5, "not shown (≥35.0)")
 
     first = {name: (inputs / name).read_bytes() for name in ("r.html", "r.md", "r.json")}
     report(pkt, inputs)
@@ -123,17 +129,18 @@ def test_the_page_is_self_contained(pkt: Run, inputs: Path) -> None:
 
 
 def test_every_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
-    write(inputs, source=["s", "s2"], models=["s", "s2", "t"], made_by=MADE_BY)
+    names = ["s-chat", "s2-chat", "t"]
+    write(inputs, source=["s", "s2"], models=names, attributed=names, made_by=MADE_BY)
     for method, given in (("laten", "selected"), ("control_random_rows", "random"), ("unaligned_top_pca_random", "-")):
         write_json(inputs / f"r/evaluate/{method}/s2/gsm8k.json", metrics([1, 0, 0, 1], made=laten(given)))
     for method in MADE_BY["align"]:
         write_json(inputs / f"r/analysis/align/{method}/s2/gsm8k.json", ALIGNMENT)
-    write_json(inputs / "r/evaluate/s2/gsm8k.json", metrics([1, 0, 0, 0]))
+    write_json(inputs / "r/evaluate/s2-chat/gsm8k.json", metrics([1, 0, 0, 0]))
     status, _, err = report(pkt, inputs)
     assert status == 0, err
     table = (inputs / "r.md").read_text()
-    assert table.count("| LoRA, random init") == 4
-    assert "### s to t, in percent" in table and "### s2 to t, in percent" in table
+    assert table.count("| LoRA, random init") == 2 * 4  # points and nats, each with differences
+    assert "### s to t\n" in table and "### s2 to t\n" in table
     assert list(json.loads((inputs / "r.json").read_text())) == ["s-t", "s2-t"]
     assert '<th scope="row">LaTen on random rows, from s2</th>' in (inputs / "r.html").read_text()
 
@@ -141,7 +148,7 @@ def test_every_source_has_its_own_table(pkt: Run, inputs: Path) -> None:
 def test_rows_taken_over_stand_in_their_section(pkt: Run, inputs: Path) -> None:
     """A model is told from a method by what made it: nothing."""
     made_by = {"align": {"laten": {}}, "finetune_seeking": {"postpkt_seeking": {}}}
-    write(inputs, models=["s"], made_by=made_by, adopted=["t", "postpkt_random"])
+    write(inputs, models=["s-chat"], made_by=made_by, adopted=["t", "postpkt_random"])
     for old in (
         "evaluate/control_random_rows",
         "evaluate/unaligned_top_pca_random",
@@ -152,7 +159,7 @@ def test_rows_taken_over_stand_in_their_section(pkt: Run, inputs: Path) -> None:
     status, _, err = report(pkt, inputs)
     assert status == 0, err
     numbers = json.loads((inputs / "r.json").read_text())["s-t"]
-    assert numbers["order"] == ["s", "t", "laten", "postpkt_random", "postpkt_seeking"]
+    assert numbers["order"] == ["s-chat", "t", "laten", "postpkt_random", "postpkt_seeking"]
     assert [numbers["rows"][name]["group"] for name in numbers["order"][2:]] == ["PrePKT", "PostPKT", "PostPKT"]
     assert "<li>t: m at revision unpinned.</li>" in (inputs / "r.html").read_text()
 
@@ -171,7 +178,12 @@ def test_the_curve_of_every_step(pkt: Run, inputs: Path, method: str) -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    ["evaluate/laten/s/gsm8k", "evaluate/postpkt_random/gsm8k", "evaluate/s/gsm8k", "analysis/align/laten/s/gsm8k"],
+    [
+        "evaluate/laten/s/gsm8k",
+        "evaluate/postpkt_random/gsm8k",
+        "evaluate/s-chat/gsm8k",
+        "analysis/align/laten/s/gsm8k",
+    ],
 )
 def test_a_listed_row_without_metrics_is_an_error(pkt: Run, inputs: Path, missing: str) -> None:
     (inputs / f"r/{missing}.json").unlink()
@@ -183,13 +195,13 @@ def test_a_listed_row_without_metrics_is_an_error(pkt: Run, inputs: Path, missin
 
 def test_metrics_that_are_not_listed_are_an_error(pkt: Run, inputs: Path) -> None:
     e = inputs / "r/evaluate"
-    for path in ("old one/s/gsm8k.json", "old one/s/mmlu.json", "laten/s2/gsm8k.json", "s/mmlu.json"):
+    for path in ("old one/s/gsm8k.json", "old one/s/mmlu.json", "laten/s2/gsm8k.json", "s-chat/mmlu.json"):
         write_json(e / path, metrics([0, 0, 0, 0]))
     status, _, err = report(pkt, inputs)
     assert status == 2
     assert (
         f"{e}: holds metrics that {inputs}/params.yaml does not list; list their rows (again) or delete them:"
-        f" rm -r {e}/laten/s2 '{e}/old one' {e}/s/mmlu.json" in err
+        f" rm -r {e}/laten/s2 '{e}/old one' {e}/s-chat/mmlu.json" in err
     )
     assert not (inputs / "r.html").exists()
 

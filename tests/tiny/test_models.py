@@ -20,7 +20,7 @@ MAX_MEGABYTES = 28
 
 @pytest.mark.parametrize("folder", MODEL_FOLDERS)
 def test_shapes(shipped: Path, folder: str) -> None:
-    settings = MODELS[folder.split("-")[0]]
+    settings = MODELS[folder.rpartition("-")[0]]
     model = AutoModelForCausalLM.from_pretrained(str(shipped / folder))
     config = model.config
     assert type(model) is LlamaForCausalLM
@@ -47,9 +47,19 @@ def test_everything_fits_into_git(shipped: Path) -> None:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
-    base, chat = (_weight(shipped / f"{name}-{phase}") for phase in ("base", "chat"))
-    cosine = torch.nn.functional.cosine_similarity(base.flatten(), chat.flatten(), dim=0)
-    assert 0.3 < float(cosine) < 0.99999
+    base = _weight(shipped / f"{MODELS[name].starts_from or name}-base")
+    for phase in ("early", "chat") if MODELS[name].early_steps else ("chat",):
+        chat = _weight(shipped / f"{name}-{phase}")
+        cosine = torch.nn.functional.cosine_similarity(base.flatten(), chat.flatten(), dim=0)
+        assert 0.3 < float(cosine) < 0.99999
+
+
+def test_models_of_one_base_are_nearer_than_those_trained_apart(shipped: Path) -> None:
+    """Another chat training of one base is a sibling; other initial weights lead elsewhere."""
+    weights = {name: _weight(shipped / f"{name}-chat").flatten() for name in ("target", "sibling", "trained-apart")}
+    cosine = torch.nn.functional.cosine_similarity
+    assert float(cosine(weights["target"], weights["sibling"], dim=0)) > 0.3
+    assert abs(float(cosine(weights["target"], weights["trained-apart"], dim=0))) < 0.1
 
 
 def test_the_source_knows_more_facts_than_the_target(shipped: Path, corpus: Corpus) -> None:
@@ -63,7 +73,13 @@ def test_log_tells_of_both_trainings(shipped: Path) -> None:
     for name, settings in MODELS.items():
         mine = [row for row in rows if row["model"] == name]
         assert mine[-1]["step"] == settings.total_steps
-        assert mine[-1]["loss"] < mine[0]["loss"] / 5
+        if settings.starts_from:  # its base has learned already, so only the chat format is left
+            assert {row["phase"] for row in mine} == {"chat"}
+            assert mine[0]["step"] > MODELS[settings.starts_from].base_steps
+            assert mine[-1]["loss"] < mine[0]["loss"]
+        else:
+            assert {row["phase"] for row in mine} == {"base", "chat"}
+            assert mine[-1]["loss"] < mine[0]["loss"] / 5
         assert [row["tokens"] for row in mine] == sorted(row["tokens"] for row in mine)
 
 

@@ -1,0 +1,199 @@
+"""How much of what the target's own training gained does each row recover, and from which source on no more?
+
+The recovered gap R of a row on a task is its difference to the target over the oracle's: 0 is the target, 1 the oracle
+(the target's own trained model). Sources whose answer is known come first: a method that recovers nothing there says
+nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from pkt_stages.core.statistics import Recovery, recovered
+from pkt_stages.profile import Profile
+from pkt_stages.reporting import figures
+from pkt_stages.reporting.figures import Drawing, Line
+from pkt_stages.reporting.measure import NATS, POINTS, Measure
+from pkt_stages.reporting.result import CEILINGS, CONTROLS, Result
+from pkt_stages.reporting.table import MODELS, aligned
+
+SURE = 2.0  # standard errors from which on a row is called better than nothing
+
+
+@dataclass(frozen=True)
+class Climb:
+    """A row's recovered gaps.
+
+    Attributes:
+        by_task: by source and task, at the factor of the change that was chosen; None: no gap is shown there.
+        unscaled: the same at factor 1, of rows whose factor was chosen.
+        scales: by source the chosen factors by change.
+    """
+
+    slug: str
+    group: str
+    label: str
+    by_source: bool
+    by_task: Mapping[str, Mapping[str, Recovery | None]]
+    unscaled: Mapping[str, Mapping[str, Recovery | None]]
+    scales: Mapping[str, Mapping[str, float]]
+
+    def mean(self, source: str) -> Recovery | None:
+        """The mean over the tasks that show a gap, with its error; tasks have no example in common."""
+        found = [one for one in self.by_task.get(source, {}).values() if one is not None]
+        if not found:
+            return None
+        return Recovery(fmean(r.share for r in found), sum(r.stderr**2 for r in found) ** 0.5 / len(found))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The recovered gaps of all rows, one measure.
+
+    Attributes:
+        sources: in order.
+    """
+
+    measure: Measure
+    sources: list[str]
+    tasks: Mapping[str, str]
+    climbs: list[Climb]
+
+    def numbers(self) -> dict[str, Any]:
+        """As JSON values: by row, source and task."""
+
+        def told(found: Mapping[str, Mapping[str, Recovery | None]]) -> dict[str, Any]:
+            return {
+                source: {t: [r.share, r.stderr] if r is not None else None for t, r in by_task.items()}
+                for source, by_task in found.items()
+            }
+
+        return {
+            climb.slug: {"recovered": told(climb.by_task), "unscaled": told(climb.unscaled), "scales": climb.scales}
+            for climb in self.climbs
+        }
+
+    def grid(self, task: str | None = None, *, unscaled: bool = False) -> list[list[str]]:
+        """A table with a row per method and a column per source: of one task, or the mean over them, in percent."""
+        rows = [["recovered, %", *self.sources]]
+        for climb in self.climbs:
+            cells = []
+            for source in self.sources:
+                where = climb.unscaled if unscaled else climb.by_task
+                found = climb.mean(source) if task is None else where.get(source, {}).get(task)
+                cells.append(percent(found) if found is not None else "-")
+            if any(cell != "-" for cell in cells):
+                rows.append([climb.label, *cells])
+        return rows
+
+
+def percent(found: Recovery) -> str:
+    """`66 ±3`, in percent; whole numbers, but for errors below one."""
+    digits = 0 if 100 * found.stderr >= 0.95 else 1
+    return f"{round(100 * found.share, digits) + 0.0:.{digits}f} ±{100 * found.stderr:.{digits}f}"
+
+
+def ladder(profile: Profile, results: Sequence[Result], oracle: Mapping[str, Any], measure: Measure) -> Ladder | None:
+    """The recovered gaps of every row; None if nothing has this measure.
+
+    Args:
+        results: one per source.
+        oracle: its evaluations by task.
+    """
+    tasks = [
+        task
+        for task in profile.tasks
+        if measure.measured(oracle[task]) and measure.measured(results[0].metrics[profile.target][task])
+    ]
+    if not tasks:
+        return None
+    climbs = []
+    for head in _heads(results):
+        by_source, unscaled, scales = {}, {}, {}
+        for result in results:
+            if head.slug not in result.metrics:
+                continue
+            whole, at_one, factors = {}, {}, {}
+            for task in tasks:
+                metrics = result.metrics[head.slug][task]
+                target = measure.results(result.metrics[profile.target][task])
+                known = measure.results(oracle[task])
+                if not measure.measured(metrics):
+                    continue
+                whole[task] = recovered(measure.results(metrics), target, known)
+                if "unscaled" in metrics:
+                    factors = metrics["scales"]
+                    if measure.measured(metrics["unscaled"]):
+                        at_one[task] = recovered(measure.results(metrics["unscaled"]), target, known)
+            by_source[result.source] = whole
+            if factors:
+                unscaled[result.source], scales[result.source] = at_one, factors
+        method = next((m for m in profile.methods if m.name == head.slug), None)
+        varies = method is not None and method.by_source
+        climbs.append(Climb(head.slug, head.group, head.label, varies, by_source, unscaled, scales))
+    return Ladder(measure, [result.source for result in results], {t: t for t in tasks}, climbs)
+
+
+def _heads(results: Sequence[Result]) -> list[Any]:
+    """The methods' rows of all results, by section in the order of the first that has it."""
+    found = {row.slug: row for result in results for row in result.points if row.group != MODELS}
+    order = list(dict.fromkeys(row.group for row in found.values()))
+    order.sort(key=lambda group: group == CONTROLS)
+    return sorted(found.values(), key=lambda row: order.index(row.group))
+
+
+def sentences(ladder: Ladder) -> list[tuple[str, str]]:
+    """Per source what was recovered, in words: by method the range over tasks, of the measure's mean."""
+    told = []
+    for source in ladder.sources:
+        parts: dict[bool, list[str]] = {False: [], True: []}
+        for climb in ladder.climbs:
+            found = [r for r in climb.by_task.get(source, {}).values() if r is not None]
+            if not climb.by_source or climb.group == CEILINGS or not found:
+                continue
+            low, high = (round(100 * pick(r.share for r in found)) for pick in (min, max))
+            span = f"{low} %" if low == high else f"{low} to {high} %"
+            sure = sum(r.share > SURE * r.stderr for r in found)
+            parts[climb.group == CONTROLS].append(f"{climb.label} {span} (above 0 on {sure} of {len(found)} tasks)")
+        text = "; ".join(parts[False]) or "no method"
+        text += f". Controls: {'; '.join(parts[True])}." if parts[True] else "."
+        told.append((source, text))
+    return told
+
+
+def drawing(ladders: Sequence[Ladder]) -> Drawing:
+    """Sources along x, the mean recovered gap along y, a panel per measure."""
+    panels = {}
+    for one in ladders:
+        lines = []
+        for climb in one.climbs:
+            means = [climb.mean(source) for source in one.sources]
+            points = [(i, r.share, r.stderr) for i, r in enumerate(means) if r is not None]
+            if not points or (not climb.by_source and climb.group != CEILINGS):
+                continue
+            kind = {CEILINGS: "ceiling", CONTROLS: "control"}.get(climb.group, "method")
+            lines.append(Line(climb.label, kind, points))
+        panels[one.measure.name] = lines
+    alt = "Recovered gap by source, one line per method, mean over tasks; numbers in the table"
+    return Drawing("recovered_gap", figures.ladder(ladders[0].sources, panels), alt, wide=True)
+
+
+def markdown(ladders: Sequence[Ladder], told: Sequence[tuple[str, str]]) -> str:
+    """In words by source (`sentences`), and the mean over tasks by source, a table per measure."""
+    parts = [f"Recovered gap, {one.measure.name}, mean over tasks\n\n{aligned(one.grid())}" for one in ladders]
+    words = [textwrap.fill(f"- {source}, in nats: {text}", 118, subsequent_indent="  ") for source, text in told]
+    return (
+        "### What was recovered\n\n"
+        + "\n".join(words)
+        + "\n\n"
+        + "\n".join(parts)
+        + "\nIn percent of the gap between the target and its own trained model, ± standard error. 100 is all of it;"
+        " below 0 the\nrow harms. Factors of a transported change are chosen on held-out align examples.\n"
+    )
+
+
+MEASURES = (NATS, POINTS)
