@@ -1,9 +1,8 @@
 """What may be said about a result: standard errors, paired tests against the target, Holm's correction, power.
 
 Results are `[run, example]` (float64): 0 or 1, a share where several answers were drawn, or a log-likelihood in nats.
-Runs are seeds
-or unseen examples of one method. Everything here asks about the test examples: would the difference hold on other
-examples like these? The few runs of a method are too few to resample; their spread is reported beside it.
+Runs are seeds or unseen examples of one method. Everything here asks about the test examples: would the difference hold
+on other examples like these? The few runs of a method are too few to resample; their spread is reported beside it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,19 @@ MODELS = "Models"  # the section above those of the methods
 ALPHA = 0.05
 POWER = 0.8
 SEED = 0
+NOTE = """Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's test
+for one run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is shown, and ≥x
+says from which true difference on one would have been, with 80 % power.
+"""
+
+
+def compact(value: float, digits: int, sign: str = "") -> str:
+    """For a narrow column: no minus before zero; of several digits one less from 1 on, and below it no leading zero."""
+    if digits == 1:
+        return f"{round(value, 1) + 0.0:{sign}.1f}"
+    if abs(value) >= 1:
+        return f"{value:{sign}.{digits - 1}f}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("0.", ".", 1)
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class Difference:
     """A row's difference to the target in its measure's unit, see `core.statistics.Comparison`.
 
     `adjusted_p` is `p_value` after Holm's correction over the rows of one table on one task; `detectable` the smallest
-    true difference that the test would have shown at the strictest of Holm's levels (`core.statistics.detectable`).
+    true difference that the test would have shown at the strictest of Holm's levels (`core.statistics.detectable`),
+    None where so few examples show none.
     """
 
     difference: float
@@ -36,7 +50,7 @@ class Difference:
     test: str
     p_value: float
     adjusted_p: float
-    detectable: float
+    detectable: float | None
     digits: int = 1
 
     @property
@@ -59,37 +73,45 @@ class Difference:
         """What could have been seen, where no difference is shown; else nothing."""
         if self.mark:
             return ""
-        return f"≥{self.detectable:.{self.digits}f}" if self.detectable < float("inf") else "none"
+        return "none" if self.detectable is None else f"≥{compact(self.detectable, self.digits)}"
 
     def signed(self, value: float) -> str:
         return f"{round(value, self.digits) + 0.0:+.{self.digits}f}"
 
     def text(self) -> str:
-        seen = f" [{self.power_text}]" if self.power_text else ""
-        return f"{self.signed(self.difference)} ±{self.stderr:.{self.digits}f} {self.p_text}{self.mark}{seen}"
+        """Short enough for four of them in a terminal's line: the p-value where there is a mark, else the power."""
+        found = f"{compact(self.difference, self.digits, '+')} ±{compact(self.stderr, self.digits)}"
+        return f"{found} {self.p_text}{self.mark}" if self.mark else f"{found} {self.power_text}"
 
 
 def difference(row: Tensor, other: Tensor, measure: Measure) -> Difference:
     """Two rows' results compared; the p-value is not corrected, the power is that of an uncorrected test."""
     from torch import Generator
 
-    from pkt_stages.core.statistics import compare, detectable
+    from pkt_stages.core.statistics import compare
 
     found = compare(row, other, Generator().manual_seed(SEED), unit=measure.unit)
-    seen = detectable(row, other, found.test, ALPHA, POWER, measure.unit)
-    return Difference(**asdict(found), adjusted_p=found.p_value, detectable=seen, digits=measure.digits)
+    made = Difference(**asdict(found), adjusted_p=found.p_value, detectable=None, digits=measure.digits)
+    return replace(made, detectable=_detectable(made, row, other, measure, ALPHA))
+
+
+def _detectable(found: Difference, row: Tensor, other: Tensor, measure: Measure, level: float) -> float | None:
+    from pkt_stages.core.statistics import detectable
+
+    seen = detectable(row, other, found.test, level, POWER, measure.unit)
+    return seen if seen < float("inf") else None
 
 
 def corrected(compared: Sequence[tuple[Difference, Tensor, Tensor]], measure: Measure) -> list[Difference]:
     """The differences of one family, each with the two rows' results, after Holm's correction."""
     import torch
 
-    from pkt_stages.core.statistics import detectable, holm
+    from pkt_stages.core.statistics import holm
 
     adjusted = holm(torch.tensor([found.p_value for found, _, _ in compared], dtype=torch.float64))
     level = ALPHA / max(1, len(compared))
     return [
-        replace(found, adjusted_p=p, detectable=detectable(row, other, found.test, level, POWER, measure.unit))
+        replace(found, adjusted_p=p, detectable=_detectable(found, row, other, measure, level))
         for (found, row, other), p in zip(compared, adjusted.tolist(), strict=True)
     ]
 
@@ -120,8 +142,8 @@ class Cell:
         return f"{self.stderr:.{self.digits}f}"
 
     def text(self) -> str:
-        spread = f" ({self.spread:.{self.digits}f})" if self.spread is not None else ""
-        return f"{self.mean_text} ±{self.stderr_text}{spread}"
+        spread = f" ({compact(self.spread, self.digits)})" if self.spread is not None else ""
+        return f"{compact(self.mean, self.digits)} ±{compact(self.stderr, self.digits)}{spread}"
 
 
 @dataclass(frozen=True)
@@ -234,23 +256,22 @@ def markdown(points: list[Row], nats: list[Row], tasks: Mapping[str, str]) -> st
     ):
         if not any(row.cells for row in rows):
             continue
-        values = [[what, "runs", *(_titled(rows, task, title) for task, title in tasks.items())]]
+        # How many runs and how far apart they are stands in the table of scores, if there is one.
+        alone = rows is points or not any(row.cells for row in points)
+        values = [[what, *(["runs"] * alone), *(_titled(rows, task, title) for task, title in tasks.items())]]
         differences = [[f"difference, {unit}", *tasks.values()]]
         for group, members in groupby(rows, lambda row: row.group):
             for made in (values, differences):
                 if group != MODELS:
                     made.append([f"**{group}**", *[""] * (len(made[0]) - 1)])
             for row in members:
-                values.append([row.label, row.num_runs, *(_text(row.cells.get(task)) for task in tasks)])
+                cells = [_text(row.cells.get(task), spread=alone) for task in tasks]
+                values.append([row.label, *([row.num_runs] * alone), *cells])
                 versus = [row.versus(task) for task in tasks]
                 if any(versus):
                     differences.append([row.label, *(found.text() if found else "-" for found in versus)])
         parts.append(f"{aligned(values)}\n{note}\n\n{aligned(differences)}")
-    return "\n".join(parts) + (
-        "\nDifference to the target ± its standard error, and p (McNemar's test for one run of answers, else sign-flip"
-        " test; after\nHolm's correction over the rows). ▲ higher, ▼ lower than the target at p < .05; without a mark"
-        " no difference is shown,\nand [≥x] says from which true difference on one would have been, with 80 % power.\n"
-    )
+    return "\n".join([*parts, NOTE])
 
 
 def _titled(rows: Sequence[Row], task: str, title: str) -> str:
@@ -258,8 +279,8 @@ def _titled(rows: Sequence[Row], task: str, title: str) -> str:
     return f"{title} (n {counts[0]})" if counts else title
 
 
-def _text(cell: Cell | None) -> str:
-    return cell.text() if cell is not None else "-"
+def _text(cell: Cell | None, *, spread: bool) -> str:
+    return "-" if cell is None else (cell if spread else replace(cell, spread=None)).text()
 
 
 def aligned(table: list[list[str]]) -> str:

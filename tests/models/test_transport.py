@@ -87,4 +87,4 @@ def test_theseus_end_to_end(
             assert float((found - expected).norm() / expected.norm()) < 1e-5, weight
             compared += 1
     assert compared == 2 * 9 + 1
-    assert ranks["layer_0.ffn_up.out"] == [64, 160] and ranks["layer_0.attn_q.in"] == [64, 64]
+    assert ranks["layer_0.ffn_up.out"] == [64, 160] and ranks["layer_0.attn_in.in"] == [64, 64]

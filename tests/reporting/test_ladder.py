@@ -101,17 +101,17 @@ def test_words_tables_and_figure(tmp_path: Path) -> None:
     assert sentences(both[0]) == [
         (
             "copy",
-            "matched transport 100 % (above 0 on 1 of 1 tasks). Controls: random isometries for the maps 0 % (above 0"
+            "matched transport 100 % (above 0 on 1 of 1 tasks). Controls: random isometries 0 % (above 0"
             " on 0 of 1 tasks).",
         ),
         (
             "far",
-            "matched transport -50 % (above 0 on 0 of 1 tasks). Controls: random isometries for the maps -100 %"
+            "matched transport -50 % (above 0 on 0 of 1 tasks). Controls: random isometries -100 %"
             " (above 0 on 0 of 1 tasks).",
         ),
     ]
     assert both[0].grid()[1:3] == [
-        ["ceiling: the target's own training", "100.0 ±0.0", "100.0 ±0.0"],
+        ["ceiling: own training", "100.0 ±0.0", "100.0 ±0.0"],
         ["matched transport", "100.0 ±0.0", "-50.0 ±0.0"],
     ]
     assert both[1].grid("gsm8k", unscaled=True) == [["recovered, %", "copy", "far"]]  # no answers at factor 1

@@ -26,12 +26,12 @@ def test_a_likelihood_is_measured_in_nats_with_three_digits() -> None:
     cell = summarise("laten", found, None, NATS)
     assert (cell.mean, cell.n, cell.runs, cell.spread) == (-0.5, 4, {"seed_0": -0.5}, None)
     assert cell.stderr == pytest.approx((0.375 / 3 / 4) ** 0.5)
-    assert cell.text() == "-0.500 ±0.177"
+    assert cell.text() == "-.500 ±.177"
     versus = summarise("laten", found, metrics([0, 0, 0, 0], nats=[[-1.0, -1.0, -1.0, -1.0]]), NATS).versus
     assert versus is not None
     # Differences 0.5, 0, 0.75, 0.75.
     assert (versus.difference, versus.test) == (0.5, "sign_flip")
-    assert versus.text().startswith("+0.500 ±0.177 ")
+    assert versus.text().startswith("+.500 ±.177 ")
 
 
 def test_several_runs_and_the_paired_difference() -> None:
@@ -95,21 +95,21 @@ def test_holm_runs_over_the_rows_of_a_task_and_decides_the_marks() -> None:
     # d^8 + 8 d^7 (1 - d) = 0.8 at d = 0.8956.
     assert (source.text(), laten.text(), kd.text()) == (
         "+100.0 ±0.0 .023▲",
-        "+25.0 ±16.4 1.000 [≥89.6]",
-        "+0.0 ±0.0 1.000 [≥89.6]",
+        "+25.0 ±16.4 ≥89.6",
+        "+0.0 ±0.0 ≥89.6",
     )
 
 
 def test_marks() -> None:
-    def difference(points: float, adjusted_p: float, detectable: float = 4.44, digits: int = 1) -> str:
+    def difference(points: float, adjusted_p: float, detectable: float | None = 4.44, digits: int = 1) -> str:
         return Difference(points, 1.0, 0, 0, 1, "mcnemar", 0.0, adjusted_p, detectable, digits).text()
 
     assert difference(-2.04, 0.0004) == "-2.0 ±1.0 <.001▼"
     assert difference(2.0, 0.049) == "+2.0 ±1.0 .049▲"
-    assert difference(2.0, 0.05) == "+2.0 ±1.0 .050 [≥4.4]"
-    assert difference(-0.01, 1) == "+0.0 ±1.0 1.000 [≥4.4]"
-    assert difference(2.0, 0.05, float("inf")) == "+2.0 ±1.0 .050 [none]"
-    assert difference(-0.0004, 1, 0.0444, 3) == "+0.000 ±1.000 1.000 [≥0.044]"
+    assert difference(2.0, 0.05) == "+2.0 ±1.0 ≥4.4"
+    assert difference(-0.01, 1) == "+0.0 ±1.0 ≥4.4"
+    assert difference(2.0, 0.05, None) == "+2.0 ±1.0 none"
+    assert difference(-0.0004, 1, 0.0444, 3) == "+.000 ±1.00 ≥.044"
 
 
 def test_a_row_is_left_out_of_the_table_of_what_was_not_measured() -> None:
@@ -143,21 +143,21 @@ def test_the_tables() -> None:
         "| **PrePKT** |      |                   |\n"
         "| LaTen      | 2    | 62.5 ±23.9 (17.7) |\n"
         "\nScore ± standard error over test examples (standard deviation over runs).\n"
-        "\n| difference, in percent | GSM8K                     |\n"
+        "\n| difference, in percent | GSM8K             |\n"
     )
     # Of four examples no test at .05 / 2 can show anything with right and wrong answers alone.
-    assert "| source: s              | +50.0 ±28.9 1.000 [none]  |\n" in text
-    assert "| LaTen                  | +12.5 ±12.5 1.000 [≥38.5] |\n" in text
+    assert "| source: s              | +50.0 ±28.9 none  |\n" in text
+    assert "| LaTen                  | +12.5 ±12.5 ≥38.5 |\n" in text
     # The log-likelihoods of `metrics` are -1 and -2, so that their differences are those of the shares.
     assert (
-        "| log-likelihood | runs | GSM8K (n 4)           |\n"
-        "|----------------|------|-----------------------|\n"
-        "| source: s      | 1    | -1.000 ±0.000         |\n"
-        "| target: t      | 1    | -1.500 ±0.289         |\n"
-        "| **PrePKT**     |      |                       |\n"
-        "| LaTen          | 2    | -1.375 ±0.239 (0.177) |\n"
+        "| log-likelihood | GSM8K (n 4) |\n"
+        "|----------------|-------------|\n"
+        "| source: s      | -1.00 ±.000 |\n"
+        "| target: t      | -1.50 ±.289 |\n"
+        "| **PrePKT**     |             |\n"
+        "| LaTen          | -1.38 ±.239 |\n"
     ) in text
-    assert "| LaTen               | +0.125 ±0.125 1.000 [≥0.385] |\n" in text
+    assert "| LaTen               | +.125 ±.125 ≥.385 |\n" in text
 
 
 def test_the_tables_fit_a_terminal() -> None:
