@@ -100,8 +100,10 @@ LOWEST = -0.5  # of the recovered gaps that are drawn; what is lower stands at t
 
 def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> bytes:
     """Recovered gap against source, a panel per measure and a line per row; ceilings are dashed without markers."""
-    width = max(9.0, 2.2 + 0.95 * len(sources) * len(panels))
-    with _png((width, 4.6), 1, len(panels)) as (axes, image):
+    # Many sources need the whole width, one panel below the other.
+    rows, columns = (len(panels), 1) if len(sources) > 4 else (1, len(panels))
+    highest = max((share + 2 * error for lines in panels.values() for one in lines for _, share, error in one.points))
+    with _png((9.6, 1.2 + 3.4 * rows), rows, columns) as (axes, image):
         for axis, (name, lines) in zip(axes, panels.items(), strict=True):
             axis.axhline(0, color="black", linewidth=1)
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -142,13 +144,15 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> byte
                 )
                 low = [places[i] for i, share in enumerate(shares) if share < LOWEST]
                 axis.plot(low, [LOWEST + 0.02] * len(low), marker=7, linestyle="", color=colour, markersize=7)
-            axis.set_ylim(LOWEST - 0.02, 1.12)
+            axis.set_ylim(LOWEST - 0.02, min(1.5, max(1.12, highest + 0.04)))
             axis.set_xlim(-0.4, len(sources) - 0.6)
-            axis.set_xticks(range(len(sources)), sources, rotation=35 if len(sources) > 3 else 0, fontsize=8)
+            axis.set_xticks(range(len(sources)), sources, rotation=20 if len(sources) > 4 else 0, fontsize=8)
             axis.set_title(f"in {name}", fontsize=10)
-        axes[0].set_ylabel("recovered gap (1: the target's own training)")
+        for axis in axes[::columns]:
+            axis.set_ylabel("recovered gap", fontsize=9)
         axes[0].figure.suptitle(
-            "What each method recovers, by source (mean over tasks, ± 2 standard errors)", fontsize=11
+            "Recovered share of the target's own training, by source (mean over tasks, ± 2 standard errors)",
+            fontsize=11,
         )
         named: dict[str, Any] = {}
         for axis in axes:
