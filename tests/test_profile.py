@@ -58,7 +58,7 @@ def test_the_default_profile() -> None:
     assert profile.method("postpkt_pissa").folder("s") == ("postpkt_pissa",)
     assert profile.method("matched").folder("s") == ("matched", "s")
     assert profile.method("own").folder("s") == ("own",)
-    assert list(profile.pairs) == ["pair", "rewritten", "source", "target"]
+    assert list(profile.pairs) == ["pair", "source", "target"]
     assert profile.analysed["source"] == ["source"]
 
 

@@ -18,10 +18,11 @@ MODELS = "Models"  # the section above those of the methods
 ALPHA = 0.05
 POWER = 0.8
 SEED = 0
-NOTE = """Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's test
-for one run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is shown, and ≥x
-says from which true difference on one would have been, with 80 % power.
-"""
+NOTE = (
+    "Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's\n"
+    "test for one run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is shown,\n"
+    "and ≥x says from which true difference on one would have been, with 80 % power.\n"
+)
 
 
 def compact(value: float, digits: int, sign: str = "") -> str:

@@ -42,7 +42,10 @@ def test_source_and_target_differ_in_every_size() -> None:
 
 
 def test_everything_fits_into_git(shipped: Path) -> None:
-    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) <= MAX_MEGABYTES * 2**20
+    """What is shipped: models that `pkt reexpress` writes beside it are git's to ignore."""
+    made = {path.parent for path in shipped.rglob("reexpression.json")}
+    files = [path for path in shipped.rglob("*") if path.is_file() and path.parent not in made]
+    assert sum(path.stat().st_size for path in files) <= MAX_MEGABYTES * 2**20
 
 
 @pytest.mark.parametrize("name", list(MODELS))
