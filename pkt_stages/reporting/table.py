@@ -19,9 +19,9 @@ ALPHA = 0.05
 POWER = 0.8
 SEED = 0
 NOTE = (
-    "Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's\n"
-    "test for one run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is shown,\n"
-    "and ≥x says from which true difference on one would have been, with 80 % power.\n"
+    "Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's"
+    " test for\none run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is"
+    " shown, and ≥x\nsays from which true difference on one would have been, with 80 % power.\n"
 )
 
 
