@@ -23,6 +23,7 @@ from pkt_stages.examples import Example
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.sandbox.pool import Job, Verdict
+    from pkt_stages.scratch import Batches
 
 _KS = (1, 2, 5, 10, 20, 50, 100)
 
@@ -133,21 +134,22 @@ def evaluate_model(
     decoding = decoding or Decoding()
     check_examples(task, examples)
     its = tasks.load(task)
+    config = _config(its)
+    metric, chosen = str(config["metric_list"][0]["metric"]), config["output_type"] == "multiple_choice"
     settings: dict[str, Any] = {"backend": backend.name, "dtype": backend.dtype, "template": template}
     ids = [example.id for example in examples]
-    chosen = _config(its)["output_type"] == "multiple_choice"
+    used: list[Batches] = []
     log_likelihoods: list[float] = []
     if not chosen:
-        log_likelihoods, kept = answer_log_likelihoods(
-            backend, examples, template=template, scratch=scratch, facts=[task, template]
-        )
-        if nats_only:
-            if kept:
-                kept.remove()
-            predictions = [
-                {"id": id, "log_likelihood": round(nats, 4)} for id, nats in zip(ids, log_likelihoods, strict=True)
-            ]
-            return Evaluation(task, _metric(its), ids, None, log_likelihoods, settings, {}, predictions)
+        how: Any = {"template": template, "facts": [task, template], "scratch": scratch, "used": used}
+        log_likelihoods = answer_log_likelihoods(backend, examples, **how)
+    if nats_only and not chosen:
+        for batches in used:
+            batches.remove()
+        predictions = [
+            {"id": id, "log_likelihood": round(nats, 4)} for id, nats in zip(ids, log_likelihoods, strict=True)
+        ]
+        return Evaluation(task, metric, ids, None, log_likelihoods, settings, {}, predictions)
     limits = None if its.judge is None else its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
     level = None if its.judge is None else its.judge.choose_level(sandbox_floor, limits)
 
@@ -164,9 +166,8 @@ def evaluate_model(
         verdicts.update(zip(new, its.judge.judge(new, level, limits), strict=True))
         return [[verdicts[job] for job in row] for row in jobs]
 
-    loaded = _load_task(its, examples, decoding, judged)
-    metric = _metric(its)
-    model = HarnessModel(backend, template, decoding.seed, scratch, [task, template, asdict(decoding)])
+    loaded = _load_task(its, config, examples, decoding, judged)
+    model = HarnessModel(backend, template, decoding.seed, scratch, used, [task, template, asdict(decoding)])
     results = evaluator.evaluate(
         model,
         {"tasks": {task: loaded}, "groups": {}, "group_map": {}},
@@ -188,8 +189,8 @@ def evaluate_model(
         settings |= asdict(decoding)
     if level is not None:
         settings |= {"sandbox": level, "sandbox_seconds": sandbox_seconds, "sandbox_memory_mb": sandbox_memory_mb}
-    for used in (*model.scratches, *([kept] if not chosen and kept else [])):
-        used.remove()
+    for batches in used:
+        batches.remove()
     return Evaluation(
         task=task,
         metric=metric,
@@ -219,7 +220,9 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
         seen.add(example.id)
 
 
-def _load_task(task: tasks.Task, examples: Sequence[Example], decoding: Decoding, judged: Any) -> Any:
+def _load_task(
+    task: tasks.Task, config: dict[str, Any], examples: Sequence[Example], decoding: Decoding, judged: Any
+) -> Any:
     """The harness's task from its file, with the examples as its data and this project's scores."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -238,8 +241,8 @@ def _load_task(task: tasks.Task, examples: Sequence[Example], decoding: Decoding
     def process(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
         return {metric: _score(task, doc, _answers(loaded, doc, results))}
 
-    config, metric = _config(task), _metric(task)
-    config |= {
+    metric = config["metric_list"][0]["metric"]
+    config = config | {
         "task": task.name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "process_results": process,
@@ -266,10 +269,6 @@ def _load_task(task: tasks.Task, examples: Sequence[Example], decoding: Decoding
 def _config(task: tasks.Task) -> dict[str, Any]:
     """What lm-evaluation-harness reads of the task."""
     return dict(yaml.safe_load(task.file.read_text(encoding="utf-8")))
-
-
-def _metric(task: tasks.Task) -> str:
-    return str(_config(task)["metric_list"][0]["metric"])
 
 
 def _generates(loaded: Any) -> bool:

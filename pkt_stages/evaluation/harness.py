@@ -27,19 +27,27 @@ T = TypeVar("T")
 class HarnessModel(LM):  # type: ignore[misc]
     """Answers the harness's requests with a backend."""
 
-    def __init__(self, backend: Backend, template: Template, seed: int, scratch: Path | None, facts: Any) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        template: Template,
+        seed: int,
+        scratch: Path | None,
+        used: list[Batches],
+        facts: Any,
+    ) -> None:
         """
         Args:
             seed: of sampling; each sample's random numbers depend on it, the example's id and the sample's number only.
+            scratch, used: a folder for finished batches, see `in_batches`.
             facts: what determines the answers besides the requests and the backend.
         """
         super().__init__()
         self._backend = backend
         self._template = template
         self._seed = seed
-        self._scratch_root = scratch
+        self._scratch, self._used = scratch, used
         self._facts = facts
-        self.scratches: list[Batches] = []
 
     @property
     def tokenizer_name(self) -> str:
@@ -113,9 +121,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     def _asked(
         self, items: Sequence[T], lengths: Sequence[int], ask: Callable[[list[T]], list[Any]], facts: Any
     ) -> list[Any]:
-        results, kept = in_batches(self._backend, items, lengths, ask, [self._facts, facts], self._scratch_root)
-        self.scratches += [kept] if kept else []
-        return results
+        return in_batches(self._backend, items, lengths, ask, [self._facts, facts], self._scratch, self._used)
 
 
 def continuation_tokens(tokenizer: Any, context: str, continuations: Sequence[str]) -> list[int]:

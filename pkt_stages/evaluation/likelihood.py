@@ -18,15 +18,21 @@ from pkt_stages.scratch import Batches
 
 
 def answer_log_likelihoods(
-    backend: Backend, examples: Sequence[Example], *, template: Template, scratch: Path | None, facts: Any
-) -> tuple[list[float], Batches | None]:
+    backend: Backend,
+    examples: Sequence[Example],
+    *,
+    template: Template,
+    facts: Any = None,
+    scratch: Path | None = None,
+    used: list[Batches] | None = None,
+) -> list[float]:
     """Per example the mean log-likelihood of the reference answer's tokens behind its prefix, in nats per token.
 
     The end of the answer (EOS) is no token of it.
 
     Args:
-        scratch: a folder for finished batches, see `in_batches`.
         facts: what determines the result besides the requests and the backend.
+        scratch, used: a folder for finished batches, see `in_batches`.
 
     Raises:
         UserError: an answer that does not begin with its prefix or has nothing behind it, or is too long.
@@ -38,7 +44,8 @@ def answer_log_likelihoods(
 
     lengths = [len(one.context) + len(one.tokens) for one in asked]
     requests = [[one.context, one.tokens] for one in asked]
-    return in_batches(backend, asked, lengths, ask, [facts, "log-likelihood", requests], scratch)
+    facts = [facts, "log-likelihood", requests]
+    return in_batches(backend, asked, lengths, ask, facts, scratch, [] if used is None else used)
 
 
 def continuation(tokenizer: Any, example: Example, template: Template, max_length: int) -> Continuation:

@@ -20,20 +20,23 @@ def in_batches(
     ask: Callable[[list[T]], list[Any]],
     facts: Any,
     scratch: Path | None,
-) -> tuple[list[Any], Batches | None]:
-    """One result per item, in order; and the finished batches, which the caller removes when it is done.
+    used: list[Batches],
+) -> list[Any]:
+    """One result per item, in order.
 
     Batches are of similar length, longest first (so that memory runs out at once or never).
 
     Args:
         facts: what determines the results besides the backend, as JSON values.
         scratch: a folder for finished batches; without one nothing is kept.
+        used: what is kept is added, for the caller to remove when it is done.
     """
     size = backend.batch_size
     order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     how = [backend.name, backend.dtype, backend.identity, size]
     kept = Batches(scratch, f"evaluate-{fingerprint([how, facts], [])}") if scratch else None
+    used += [kept] if kept else []
     results: list[Any] = [None] * len(items)
     for number, batch in enumerate(track(batches, "asking the model")):
         found = kept.read(number) if kept else None
@@ -43,4 +46,4 @@ def in_batches(
                 kept.write(number, found)
         for i, result in zip(batch, found, strict=True):
             results[i] = result
-    return results, kept
+    return results

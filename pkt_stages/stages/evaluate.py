@@ -12,7 +12,6 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from pkt_stages.evaluation.backends import Backend
     from pkt_stages.evaluation.engine import Evaluation
     from pkt_stages.evaluation.sandbox.pool import Job, Verdict
-    from pkt_stages.models.changes import Changes, Stored
+    from pkt_stages.models.changes import Change, Changes, Stored
     from pkt_stages.models.load import ModelRef
 
 
@@ -44,11 +43,14 @@ def run(
     device: str,
     scratch: Path,
     scales: Mapping[str, float] | None = None,
-) -> dict[str, Evaluation]:
+) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     """Evaluations by label: of the model with each change in turn, or of the model alone as `base`.
 
     Args:
-        scales: what each change is multiplied by; 1 where there is none.
+        scales: what each change is multiplied by; None: 1.
+
+    Returns:
+        and with `scales` the likelihoods alone at factor 1, else nothing.
     """
     from pkt_stages.evaluation.backends import HfBackend, VllmBackend
     from pkt_stages.evaluation.engine import evaluate_model
@@ -59,7 +61,7 @@ def run(
     # A change that alters few answers needs few samples run again.
     known: dict[Job, Verdict] = {}
 
-    def asked(backend: Backend) -> Evaluation:
+    def asked(backend: Backend, nats_only: bool) -> Evaluation:
         return evaluate_model(
             backend,
             examples,
@@ -71,31 +73,38 @@ def run(
             sandbox_memory_mb=params.sandbox_memory_mb,
             scratch=scratch,
             known=known,
-            nats_only=params.nats_only,
+            nats_only=nats_only,
         )
 
-    def vllm(location: str, revision: str | None, weights: str) -> Evaluation:
+    def vllm(location: str, revision: str | None, weights: str, nats_only: bool) -> Evaluation:
         how: Any = {"revision": revision, "dtype": params.dtype, "batch_size": batch_size, "seed": params.seed}
         with closing(VllmBackend(location, tokenizer, identity=weights, **how)) as backend:
-            return asked(backend)
+            return asked(backend, nats_only)
 
     if params.backend == "vllm" and not changes:
-        return {"base": vllm(ref.location, ref.revision, "{name}@{revision}".format(**identity(ref)))}
+        name = "{name}@{revision}".format(**identity(ref))
+        return {"base": vllm(ref.location, ref.revision, name, params.nats_only)}, {}
     model = load_model(ref, dtype=params.dtype, device="cpu" if params.backend == "vllm" else device)
     weights = weights_hash(dict(model.named_parameters()))
     if not changes:
-        return {"base": asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=weights))}
-    found = {}
-    for label, stored in changes.items():
-        scale = (scales or {}).get(label, 1.0)
-        name = f"{weights}+{scale}*{stored.content_hash()}"
-        with merged(model, stored.load(), scale=scale):
+        backend = HfBackend(model, tokenizer, batch_size=batch_size, identity=weights)
+        return {"base": asked(backend, params.nats_only)}, {}
+
+    def scaled(change: Change, content: str, scale: float, nats_only: bool) -> Evaluation:
+        name = f"{weights}+{scale}*{content}"
+        with merged(model, change, scale=scale):
             if params.backend == "hf":
-                found[label] = asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=name))
-                continue
+                return asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=name), nats_only)
             with _written(model, tokenizer, scratch / f"merged-{hashlib.sha256(name.encode()).hexdigest()[:32]}") as at:
-                found[label] = vllm(str(at), None, name)
-    return found
+                return vllm(str(at), None, name, nats_only)
+
+    found, unscaled = {}, {}
+    for label, stored in changes.items():
+        change, content = stored.load(), stored.content_hash()
+        found[label] = scaled(change, content, (scales or {}).get(label, 1.0), params.nats_only)
+        if scales is not None:
+            unscaled[label] = scaled(change, content, 1.0, nats_only=True)
+    return found, unscaled
 
 
 @with_params("evaluate", EvaluateParams)
@@ -132,15 +141,14 @@ def evaluate(
         row.check_target(asked)
     changes = runs(rows)
     factors = read_scales(scales, changes) if scales is not None else None
-    how: Any = {"batch_size": batch_size, "device": device, "scratch": scratch}
-    found = run(ref, changes, examples, task, params, scales=factors, **how)
+    how: Any = {"batch_size": batch_size, "device": device, "scratch": scratch, "scales": factors}
+    found, unscaled = run(ref, changes, examples, task, params, **how)
     if predictions is not None:
         write_jsonl(predictions, [{"run": label} | row for label, made in found.items() for row in made.predictions])
     result = metrics(list(found.items()))
     if factors is not None:
         result["scales"] = factors
-        whole = run(ref, changes, examples, task, replace(params, nats_only=True), **how)
-        result["unscaled"] = metrics(list(whole.items()))
+        result["unscaled"] = metrics(list(unscaled.items()))
     made = [row.made() for row in rows]
     result |= {"model": asked, "made": made[0] if len(made) == 1 else made or None}
     artifacts.write_json(out, result)

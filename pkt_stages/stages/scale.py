@@ -76,7 +76,7 @@ def run(
                 evaluated = evaluate_model(backend, asked, task=task, template=params.template, nats_only=True)
                 values = evaluated.log_likelihoods
             else:
-                values, _ = answer_log_likelihoods(backend, asked, template=params.template, scratch=None, facts=None)
+                values = answer_log_likelihoods(backend, asked, template=params.template)
             found[task] = statistics.fmean(values)
         return found
 
