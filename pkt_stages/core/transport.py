@@ -97,13 +97,6 @@ def head_map(
     return Polar(made.flatten(2).flatten(0, 1), rank, full)
 
 
-def paired_by_order(num_source: int, num_target: int) -> list[list[int]]:
-    """By target head the source heads at the same share of the way; several where the source has more (Theseus)."""
-    if num_target >= num_source:
-        return [[target * num_source // num_target] for target in range(num_target)]
-    return [[s for s in range(num_source) if s * num_target // num_source == t] for t in range(num_target)]
-
-
 def random_isometry(d_source: int, d_target: int, generator: Generator) -> Float64[Tensor, "d_s d_t"]:
     """A random map with orthonormal columns or rows, whichever are fewer; the control of a fitted one."""
     tall = torch.randn(max(d_source, d_target), min(d_source, d_target), generator=generator, dtype=torch.float64)

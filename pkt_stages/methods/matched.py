@@ -10,85 +10,41 @@ Memory of one layer pair, 13B -> 7B: the neurons' correlations [13824, 11008] in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from pkt_stages.core.transport import (
-    TOLERANCE,
-    assignment,
-    correlation,
-    head_likeness,
-    matched_heads,
-    polar,
-    random_isometry,
-)
-from pkt_stages.models.changes import Change
+from pkt_stages.core.transport import Polar, assignment, correlation, head_likeness, matched_heads, polar
 from pkt_stages.models.correlation import FINAL, Correlation, Pair
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.sites import Geometry
-from pkt_stages.models.transport import (
-    Maps,
-    Units,
-    at_input,
-    check_texts,
-    check_vocabulary,
-    identities,
-    opened,
-    transported,
-)
+from pkt_stages.models.transport import MapParams, Maps, Models, Units, at_input, carry, check_texts
 from pkt_stages.params import option
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(MapParams):
     """Settings of the method."""
 
     vocabulary: bool = option(True, "Carry over what training added to embedding and head, too.")
-    maps: Literal["fitted", "random"] = option("fitted", "Maps from the texts, or a control's random ones.")
-    seeds: tuple[int, ...] = option((0,), "Of random maps: one change for each.")
-    tolerance: float = option(TOLERANCE, "Singular values up to this share of the largest are rounding.", ge=0, lt=1)
 
 
 def derive(inputs: Inputs, params: Params) -> Derived:
     """Whole weights of every layer that has a partner, and of embedding and head.
 
     Raises:
-        UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
-            correlation or differ in shape; too few texts; a vocabulary that cannot be carried over.
+        UserError: as `carry`, or too few texts.
     """
-    target, source, base, folder = inputs.only("target", "source", "base", "correlation")
-    models, found = opened(target, source, base), Correlation(folder)
-    of_target, of_source, of_base = identities(models)
-    found.check(of_base, of_target)
-    if params.vocabulary:
-        check_vocabulary(models)
-    sizes = (models.base.sizes, models.target.sizes)
-    changes: dict[str, Change] = {}
-    ranks: dict[str, list[int]] = {}
-    if params.maps == "random":
-        for seed in params.seeds:
-            generator = torch.Generator().manual_seed(seed)
-            residual = random_isometry(sizes[0].d_model, sizes[1].d_model, generator)
-            drawn = {pair: random_maps(sizes, residual, generator) for pair in found.pairs}
-            label = "delta" if len(params.seeds) == 1 else f"seed_{seed}"
-            changes[label], _ = transported(
-                models, found.pairs, drawn.__getitem__, residual if params.vocabulary else None
-            )
-    else:
+
+    def fit(models: Models, found: Correlation) -> tuple[Polar, Callable[[Pair], Maps]]:
         whole = polar(at_input(models, found.of(None), FINAL, (0, 0)).cross, params.tolerance)
         check_texts(found, whole, "the residual stream")
-        changes["delta"], ranks = transported(
-            models,
-            found.pairs,
-            lambda pair: fitted_maps(found, pair, sizes, whole.map, params.tolerance),
-            whole.map if params.vocabulary else None,
-        )
-        ranks["residual"] = [whole.rank, whole.full_rank]
-    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
-    return Derived(changes, of_target, of_source, meta=meta)
+        sizes = (models.base.sizes, models.target.sizes)
+        return whole, lambda pair: fitted_maps(found, pair, sizes, whole.map, params.tolerance)
+
+    return carry(inputs, params, vocabulary=params.vocabulary, fit=fit, draw=random_maps)
 
 
 def fitted_maps(

@@ -15,8 +15,9 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS
+from pkt_stages.models.load import identity
 from pkt_stages.models.sites import module_name
-from pkt_stages.models.transport import Models, identities, opened
+from pkt_stages.models.transport import Models, opened
 from pkt_stages.params import option
 
 
@@ -35,9 +36,8 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     """
     target, tuned = inputs.only("target", "source")
     models = opened(target, tuned, target)
-    of_target, of_tuned, _ = identities(models)
     weights = whole(models) if params.vocabulary else inside_layers(models)
-    return Derived({"delta": DenseDelta(weights)}, of_target, of_tuned)
+    return Derived({"delta": DenseDelta(weights)}, identity(target), identity(tuned))
 
 
 def whole(models: Models) -> dict[str, Tensor]:

@@ -11,14 +11,12 @@ Memory of one layer pair, 13B -> 7B: a map of the FFN [13824, 11008] in float64,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Generator, Tensor
 
 from pkt_stages.core.transport import (
-    TOLERANCE,
     Polar,
     centred,
     head_likeness,
@@ -29,23 +27,11 @@ from pkt_stages.core.transport import (
     whitened,
 )
 from pkt_stages.errors import UserError
-from pkt_stages.models.changes import Change
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import Geometry
-from pkt_stages.models.transport import (
-    Maps,
-    Models,
-    Sides,
-    at_input,
-    at_output,
-    check_texts,
-    check_vocabulary,
-    identities,
-    opened,
-    transported,
-)
+from pkt_stages.models.transport import MapParams, Maps, Models, Sides, at_input, at_output, carry, check_texts
 from pkt_stages.params import option
 
 INPUT_OF = {
@@ -60,7 +46,7 @@ INPUT_OF = {
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(MapParams):
     """Settings of the method."""
 
     vocabulary: bool = option(False, "Carry over what training added to embedding and head, too.")
@@ -69,48 +55,30 @@ class Params:
     heads: bool = option(False, "One map per matched pair of heads, where heads are inputs or outputs.")
     shared_ffn: bool = option(True, "One map for the whole FFN, from its neurons' coefficients.")
     fold: bool = option(True, "Fold the norms' gains into the weights; false: as published, gains apart.")
-    maps: Literal["fitted", "random"] = option("fitted", "Maps from the texts, or a control's random ones.")
-    seeds: tuple[int, ...] = option((0,), "Of random maps: one change for each.")
-    tolerance: float = option(TOLERANCE, "Singular values up to this share of the largest are rounding.", ge=0, lt=1)
 
 
 def derive(inputs: Inputs, params: Params) -> Derived:
     """Whole weights of every layer that has a partner, and of embedding and head if wanted.
 
     Raises:
-        UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
-            correlation or differ in shape; too few texts; whitening without the correlation's grams; a vocabulary that
-            cannot be carried over.
+        UserError: as `carry`; too few texts; whitening without the correlation's grams.
     """
-    target, source, base, folder = inputs.only("target", "source", "base", "correlation")
-    models, found = opened(target, source, base, fold=params.fold), Correlation(folder)
-    of_target, of_source, of_base = identities(models)
-    found.check(of_base, of_target)
-    if params.vocabulary:
-        check_vocabulary(models)
-    if params.whitening and not found.meta["params"]["grams"]:
-        raise UserError(f"{folder}: whitening needs either model's own sums, too; run `pkt correlate` with grams: true")
-    sizes = (models.base.sizes, models.target.sizes)
-    changes: dict[str, Change] = {}
-    ranks: dict[str, list[int]] = {}
-    if params.maps == "random":
-        for seed in params.seeds:
-            generator = torch.Generator().manual_seed(seed)
-            drawn = {pair: random_maps(sizes, params, generator) for pair in found.pairs}
-            residual = random_isometry(sizes[0].d_model, sizes[1].d_model, generator) if params.vocabulary else None
-            label = "delta" if len(params.seeds) == 1 else f"seed_{seed}"
-            changes[label], _ = transported(models, found.pairs, drawn.__getitem__, residual)
-    else:
-        residual = None
+
+    def fit(models: Models, found: Correlation) -> tuple[Polar | None, Callable[[Pair], Maps]]:
+        if params.whitening and not found.has_grams:
+            raise UserError(
+                f"{found.path}: whitening needs either model's own sums, too; run `pkt correlate` with grams: true"
+            )
+        whole = None
         if params.vocabulary:
-            whole = fitted(at_input(models, found.of(None), FINAL, (0, 0)), params)
-            residual, ranks["residual"] = whole.map, [whole.rank, whole.full_rank]
-        changes["delta"], more = transported(
-            models, found.pairs, lambda pair: fitted_maps(models, found, pair, params), residual
-        )
-        ranks |= more
-    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
-    return Derived(changes, of_target, of_source, meta=meta)
+            sides = at_input(models, found.of(None), FINAL, (0, 0), grams=params.whitening > 0)
+            whole = fitted(sides, params)
+        return whole, lambda pair: fitted_maps(models, found, pair, params)
+
+    def draw(sizes: tuple[Geometry, Geometry], _residual: Tensor, generator: Generator) -> Maps:
+        return random_maps(sizes, params.shared_ffn, generator)
+
+    return carry(inputs, params, vocabulary=params.vocabulary, fit=fit, draw=draw, fold=params.fold)
 
 
 def fitted(sides: Sides, params: Params) -> Polar:
@@ -126,7 +94,7 @@ def cross_of(sides: Sides, params: Params) -> Tensor:
         if grams is not None:
             own = [centred(g, s, s, sides.count) for g, s in zip(grams, sides.sums, strict=True)]
             grams = (own[0], own[1])
-    return whitened(cross, *grams, params.whitening) if params.whitening and grams else cross
+    return whitened(cross, *grams, params.whitening) if grams is not None else cross
 
 
 def fitted_maps(models: Models, found: Correlation, pair: Pair, params: Params) -> Maps:
@@ -136,7 +104,7 @@ def fitted_maps(models: Models, found: Correlation, pair: Pair, params: Params) 
         UserError: too few tokens for a map that they could determine.
     """
     sums = found.of(pair)
-    inputs = {name: at_input(models, sums, name, pair) for name in INPUTS}
+    inputs = {name: at_input(models, sums, name, pair, grams=params.whitening > 0) for name in INPUTS}
     partners: list[list[int]] | None = None
     if params.heads:
         sizes = models.base.sizes, models.target.sizes
@@ -177,16 +145,16 @@ def _by_heads(cross: Tensor, partners: list[list[int]], weight: str, models: Mod
     return head_map(cross, shared, source.num_kv_heads, tolerance)
 
 
-def random_maps(sizes: tuple[Geometry, Geometry], params: Params, generator: Generator) -> Maps:
+def random_maps(sizes: tuple[Geometry, Geometry], shared_ffn: bool, generator: Generator) -> Maps:
     """Random isometries of the same sizes, shared where the fitted ones are."""
 
-    def drawn(width: str, of: int | None = None) -> Tensor:
-        side = [s.weight_shape(width)[1 if of is None else of] for s in sizes]
-        return random_isometry(side[0], side[1], generator)
+    def drawn(weight: str, side: int) -> Tensor:
+        source, target = (size.weight_shape(weight)[side] for size in sizes)
+        return random_isometry(source, target, generator)
 
-    inputs = {name: drawn(weight) for name, weight in INPUTS.items()}
+    inputs = {name: drawn(weight, 1) for name, weight in INPUTS.items()}
     output = {
-        weight: inputs["neurons"] if weight in ("ffn_gate", "ffn_up") and params.shared_ffn else drawn(weight, 0)
+        weight: inputs["neurons"] if weight in ("ffn_gate", "ffn_up") and shared_ffn else drawn(weight, 0)
         for weight in PROJECTIONS
     }
     return Maps(output, {weight: inputs[INPUT_OF[weight]] for weight in PROJECTIONS})

@@ -219,6 +219,11 @@ class Correlation:
             why = " ".join(str(error).split())
             raise UserError(f"{path}: not a readable correlation ({why}); make it with `pkt correlate`") from None
 
+    @property
+    def has_grams(self) -> bool:
+        """Whether either model's own sums of products were kept whole."""
+        return bool(self.meta["params"]["grams"])
+
     def check(self, source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
         """Raise UserError unless it is of these models (`load.identity`)."""
         for side, found in (("source", source), ("target", target)):
@@ -245,10 +250,6 @@ class PairSums:
         kind = artifacts.CORRELATION if self._pair else artifacts.FINAL_CORRELATION
         return artifacts.load(self._whole.path / _file(self._pair), kind)
 
-    @property
-    def has_grams(self) -> bool:
-        return bool(self._whole.meta["params"]["grams"])
-
     @cached_property
     def _grams(self) -> artifacts.Artifact:
         return artifacts.load(self._whole.path / f"grams_{_file(self._pair)}", artifacts.GRAMS)
@@ -268,5 +269,5 @@ class PairSums:
         return self._sums["heads.source.heads"], self._sums["heads.target.heads"]
 
     def grams(self, name: str) -> tuple[Tensor, Tensor]:
-        """Either side's own sums of products, if they were kept (`has_grams`)."""
+        """Either side's own sums of products, if they were kept (`Correlation.has_grams`)."""
         return self._grams[f"{name}.source"].double(), self._grams[f"{name}.target"].double()

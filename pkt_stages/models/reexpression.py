@@ -25,11 +25,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pkt_stages.core.transport import random_isometry
 from pkt_stages.errors import UserError
-from pkt_stages.models.folding import PROJECTIONS, Folded
-from pkt_stages.models.sites import Geometry, module_name
+from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
+from pkt_stages.models.sites import SHAPE, Geometry, module_name
 
 Filler = Literal["zero", "random"]
+# What a covered model has beside embedding, final norm and head.
+_PARTS = ("weight", "bias")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ def reexpression(
 
     basis = None
     if rotate or new.d_model > old.d_model:
-        whole = _orthogonal(new.d_model, _generator(seed, "residual")) if rotate else torch.eye(new.d_model).double()
+        whole = (
+            random_isometry(new.d_model, new.d_model, _generator(seed, "residual"))
+            if rotate
+            else torch.eye(new.d_model).double()
+        )
         basis = whole[: old.d_model]
     layers = places(old.num_layers, new.num_layers, "layers").sort().values.tolist()
     return Reexpression(
@@ -108,7 +116,7 @@ def reexpression(
 
 
 def _check(old: Geometry, new: Geometry) -> None:
-    for name in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads"):
+    for name in SHAPE:
         if getattr(new, name) < getattr(old, name):
             raise UserError(
                 f"{name} {getattr(new, name)} is smaller than the model's {getattr(old, name)}; a model can be written"
@@ -141,7 +149,7 @@ def _groups(old: Geometry, new: Geometry, layer: int, permute: bool, rotate: boo
     order = torch.randperm(new.num_kv_heads, generator=generator).tolist() if permute else list(range(len(chunks)))
     for (origin, heads), place in zip(chunks, order, strict=False):
         slots = torch.randperm(room, generator=generator).tolist() if permute else list(range(room))
-        turn = _orthogonal(old.d_head, generator) if rotate else None
+        turn = random_isometry(old.d_head, old.d_head, generator) if rotate else None
         placed = tuple((head, place * room + slot) for head, slot in zip(heads, slots, strict=False))
         made.append(Group(place, origin, placed, turn))
     return tuple(made)
@@ -177,7 +185,6 @@ def weights(model: Folded, how: Reexpression) -> Iterator[tuple[str, Tensor]]:
 def _layer(model: Folded, how: Reexpression, place: int, layer: int | None) -> Iterator[tuple[str, Tensor]]:
     """The projections of one new layer, with their biases; of filler if there is no old one."""
     for weight in PROJECTIONS:
-        reads = weight in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
         filler = _filler(how, place, weight)
         bias = torch.zeros(how.new.weight_shape(weight)[0], dtype=torch.float64)
         if layer is None:
@@ -185,7 +192,7 @@ def _layer(model: Folded, how: Reexpression, place: int, layer: int | None) -> I
         else:
             stored = model.stored(weight, layer) if how.basis is None else model.weight(weight, layer)
             own = model.bias(weight, layer)
-            if reads:
+            if weight in NORM_OF:
                 found = _rows(how, layer, weight, stored if how.basis is None else stored @ how.basis, filler)
                 if own is not None:
                     bias = _rows(how, layer, weight, own[:, None], bias[:, None])[:, 0]
@@ -257,10 +264,6 @@ def _check_covered(model: Folded) -> None:
         raise UserError(f"{model.ref.location}: weight {strange[0]} is not covered; its architecture has more parts")
 
 
-_PARTS = ("weight", "bias")
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-
-
 def new_config(config: Any, how: Reexpression, tied: bool) -> Any:
     """The config of the model written again.
 
@@ -291,12 +294,6 @@ def new_config(config: Any, how: Reexpression, tied: bool) -> Any:
         why = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{config.model_type} in this shape: {why}; choose another") from None
     return made
-
-
-def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, uniform (Haar): the QR decomposition's signs are fixed."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
 
 
 def _generator(seed: int, *what: object) -> torch.Generator:

@@ -60,6 +60,9 @@ _REFUSED = {
 }
 
 
+SHAPE = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")  # sizes that `pkt reexpress` can change
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of a model that decide where neurons lie."""

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from pkt_stages.core.transport import Polar
+from pkt_stages.core.transport import TOLERANCE, Polar, random_isometry
 from pkt_stages.errors import UserError
-from pkt_stages.models.changes import DenseDelta
+from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
+from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
 from pkt_stages.models.load import ModelRef, identity
-from pkt_stages.models.sites import module_name
+from pkt_stages.models.sites import Geometry, module_name
+from pkt_stages.params import option
 from pkt_stages.progress import track
 
 VOCABULARY = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class MapParams:
+    """Settings that all transports share."""
+
+    maps: Literal["fitted", "random"] = option("fitted", "Maps from the texts, or a control's random ones.")
+    seeds: tuple[int, ...] = option((0,), "Of random maps: one change for each.")
+    tolerance: float = option(TOLERANCE, "Singular values up to this share of the largest are rounding.", ge=0, lt=1)
 
 
 class Units:
@@ -132,6 +143,48 @@ def check_vocabulary(models: Models) -> None:
         )
 
 
+Fit = Callable[["Models", Correlation], tuple[Polar | None, Callable[[Pair], Maps]]]
+Draw = Callable[[tuple[Geometry, Geometry], Tensor, Generator], Maps]
+
+
+def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw: Draw, fold: bool = True) -> Derived:
+    """A row of a method that moves what training added to the source, by maps of its own.
+
+    Args:
+        vocabulary: embedding and head, too.
+        fit: from models and correlation to the map of the residual stream (None: not needed) and those of a pair.
+        draw: random maps of a pair, of the control: from the sizes of source and target and the residual stream's.
+
+    Raises:
+        UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
+            correlation or differ in shape; a vocabulary that cannot be carried over; or as `fit`.
+    """
+    target, source, base, folder = inputs.only("target", "source", "base", "correlation")
+    models, found = opened(target, source, base, fold=fold), Correlation(folder)
+    of_target, of_source, of_base = (identity(model.ref) for model in (models.target, models.tuned, models.base))
+    found.check(of_base, of_target)
+    if vocabulary:
+        check_vocabulary(models)
+    changes: dict[str, Change] = {}
+    ranks: dict[str, list[int]] = {}
+    if params.maps == "random":
+        sizes = (models.base.sizes, models.target.sizes)
+        for seed in params.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            residual = random_isometry(sizes[0].d_model, sizes[1].d_model, generator)
+            drawn = {pair: draw(sizes, residual, generator) for pair in found.pairs}
+            label = "delta" if len(params.seeds) == 1 else f"seed_{seed}"
+            changes[label], _ = transported(models, found.pairs, drawn.__getitem__, residual if vocabulary else None)
+    else:
+        whole, maps_of = fit(models, found)
+        moved = whole.map if whole is not None and vocabulary else None
+        changes["delta"], ranks = transported(models, found.pairs, maps_of, moved)
+        if whole is not None:
+            ranks["residual"] = [whole.rank, whole.full_rank]
+    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
+    return Derived(changes, of_target, of_source, meta=meta)
+
+
 def transported(
     models: Models,
     pairs: list[Pair],
@@ -170,18 +223,22 @@ def transported(
     return DenseDelta(weights), ranks
 
 
-def at_input(models: Models, sums: PairSums, name: str, pair: Pair) -> Sides:
-    """What a correlation says of an activation, without the gain of the norm that made it if `models.fold`."""
+def at_input(models: Models, sums: PairSums, name: str, pair: Pair, *, grams: bool = False) -> Sides:
+    """What a correlation says of an activation, without the gain of the norm that made it if `models.fold`.
+
+    Args:
+        grams: either side's own sums of products, too, which the correlation must have.
+    """
     weight = "head" if name == FINAL else INPUTS[name]
     cross, totals = sums.cross(name), sums.sums(name)
-    grams = sums.grams(name) if sums.has_grams else None
+    own = sums.grams(name) if grams else None
     if weight in NORM_OF and models.fold:
         gains = [model.gain(weight, layer) for model, layer in zip((models.base, models.target), pair, strict=True)]
         cross = cross / torch.outer(*gains)
         totals = (totals[0] / gains[0], totals[1] / gains[1])
-        if grams is not None:
-            grams = (grams[0] / torch.outer(gains[0], gains[0]), grams[1] / torch.outer(gains[1], gains[1]))
-    return Sides(cross, totals, grams, sums.count)
+        if own is not None:
+            own = (own[0] / torch.outer(gains[0], gains[0]), own[1] / torch.outer(gains[1], gains[1]))
+    return Sides(cross, totals, own, sums.count)
 
 
 def at_output(models: Models, inputs: Sides, weight: str, pair: Pair) -> Sides:
@@ -190,7 +247,7 @@ def at_output(models: Models, inputs: Sides, weight: str, pair: Pair) -> Sides:
     first, second = (m.weight(weight, n) if models.fold else m.stored(weight, n) for m, n in both)
     biases = [m.bias(weight, n) for m, n in both]
     b, c = (x if x is not None else torch.zeros(len(w)).double() for x, w in zip(biases, (first, second), strict=True))
-    n, ((s, t)) = inputs.count, inputs.sums
+    n, (s, t) = inputs.count, inputs.sums
     grams = None
     if inputs.grams is not None:
         grams = (
@@ -224,8 +281,3 @@ def check_texts(correlation: Correlation, found: Polar, what: str) -> None:
             f"{correlation.path}: {correlation.count} tokens give the map of {what} rank {found.rank} of"
             f" {found.full_rank}; run `pkt correlate` on more texts"
         )
-
-
-def identities(models: Models) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """Of target, trained and base source (`load.identity`)."""
-    return identity(models.target.ref), identity(models.tuned.ref), identity(models.base.ref)

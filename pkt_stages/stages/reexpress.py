@@ -16,6 +16,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
+from pkt_stages.models.sites import SHAPE
 from pkt_stages.options import DType, Model, Stopwatch, option, with_params
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 MARK = "reexpression.json"  # what a folder of this command holds beside the model
 SHARD_BYTES = 2 * 1024**3
-SIZES = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def run(model: Folded, params: ReexpressParams, like: Any) -> Reexpression:
     """
     from pkt_stages.models.reexpression import reexpression
 
-    given = {name: value for name in SIZES if (value := getattr(params, name)) is not None}
-    new = replace(model.sizes, **{name: getattr(like, name) for name in SIZES} | given)
+    given = {name: value for name in SHAPE if (value := getattr(params, name)) is not None}
+    new = replace(model.sizes, **{name: getattr(like, name) for name in SHAPE} | given)
     new = replace(new, d_head=like.d_head, vocab_size=model.sizes.vocab_size)
     return reexpression(
         model.sizes, new, permute=params.permute, rotate=params.rotate, filler=params.filler, seed=params.seed

@@ -19,7 +19,7 @@ import typer
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
-from pkt_stages.models.sites import SITES, Geometry
+from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.params import build, read_settings
 from pkt_stages.profile import read_profile
 from pkt_stages.reach import Package
@@ -32,7 +32,6 @@ from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
 from pkt_stages.stages.prepare import PrepareParams
-from pkt_stages.stages.reexpress import SIZES
 from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
 
@@ -111,7 +110,7 @@ class Estimator:
         if words[:2] == ["pkt", "reexpress"]:
             options = _Options(pairwise(words))
             like, _ = self._model(options["--like"])
-            given = {name: int(value) for name in SIZES if (value := options.get(f"--{name.replace('_', '-')}"))}
+            given = {name: int(value) for name in SHAPE if (value := options.get(f"--{name.replace('_', '-')}"))}
             self._sizes[options["--out"]] = replace(like, **given)
 
     def _model(self, name: str) -> tuple[Geometry, int]:

@@ -77,7 +77,7 @@ def test_theseus_end_to_end(
     refs = [resolve(str(folder)) for folder in (MODELS / "target", sources[1], sources[0])]
     models = opened(*refs, fold=False)
     params = Params(fold=False, shared_ffn=False, **settings)
-    residual = fitted(at_input(models, sums.of(None), FINAL, (0, 0)), params).map
+    residual = fitted(at_input(models, sums.of(None), FINAL, (0, 0), grams=params.whitening > 0), params).map
     change, ranks = transported(models, sums.pairs, lambda pair: fitted_maps(models, sums, pair, params), residual)
     compared = 0
     for name, expected in theseus.items():
