@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -102,16 +103,15 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> byte
     """Recovered gap against source, a panel per measure and a line per row; ceilings are dashed without markers."""
     # Many sources need the whole width, one panel below the other.
     rows, columns = (len(panels), 1) if len(sources) > 4 else (1, len(panels))
-    highest = max((share + 2 * error for lines in panels.values() for one in lines for _, share, error in one.points))
+    ends = [share + 2 * error for lines in panels.values() for one in lines for _, share, error in one.points]
+    highest = max(ends, default=0.0)
     with _png((9.6, 1.2 + 3.4 * rows), rows, columns) as (axes, image):
         for axis, (name, lines) in zip(axes, panels.items(), strict=True):
             axis.axhline(0, color="black", linewidth=1)
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
-            looks: Iterator[tuple[str, str]] = zip(
-                "os^vDPX*<>hd" * 2, (BLUE, GREEN, PURPLE, SKY, YELLOW, "black") * 4, strict=True
-            )
-            controls: Iterator[tuple[str, str]] = zip("DsX^vo" * 2, ("--", ":", "-.") * 4, strict=True)
+            looks = zip(cycle("os^vDPX*<>hd"), cycle((BLUE, GREEN, PURPLE, SKY, YELLOW, "black")), strict=True)
+            controls = zip(cycle("DsX^vo"), cycle(("--", ":", "-.")), strict=True)
             beside = 0.5 / max(1, len(lines))  # so that markers at one height do not hide one another
             for number, line in enumerate(lines):
                 places, shares, errors = zip(*line.points, strict=True)

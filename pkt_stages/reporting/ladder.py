@@ -19,8 +19,9 @@ from pkt_stages.reporting import figures
 from pkt_stages.reporting.figures import Drawing, Line
 from pkt_stages.reporting.measure import NATS, POINTS, Measure
 from pkt_stages.reporting.result import CEILINGS, CONTROLS, Result
-from pkt_stages.reporting.table import MODELS, aligned
+from pkt_stages.reporting.table import MODELS, Row, aligned
 
+MEASURES = (NATS, POINTS)
 SURE = 2.0  # standard errors from which on a row is called better than nothing
 
 
@@ -60,7 +61,7 @@ class Ladder:
 
     measure: Measure
     sources: list[str]
-    tasks: Mapping[str, str]
+    tasks: list[str]
     climbs: list[Climb]
 
     def numbers(self) -> dict[str, Any]:
@@ -135,10 +136,10 @@ def ladder(profile: Profile, results: Sequence[Result], oracle: Mapping[str, Any
         method = next((m for m in profile.methods if m.name == head.slug), None)
         varies = method is not None and method.by_source
         climbs.append(Climb(head.slug, head.group, head.label, varies, by_source, unscaled, scales))
-    return Ladder(measure, [result.source for result in results], {t: t for t in tasks}, climbs)
+    return Ladder(measure, [result.source for result in results], tasks, climbs)
 
 
-def _heads(results: Sequence[Result]) -> list[Any]:
+def _heads(results: Sequence[Result]) -> list[Row]:
     """The methods' rows of all results, by section in the order of the first that has it."""
     found = {row.slug: row for result in results for row in result.points if row.group != MODELS}
     order = list(dict.fromkeys(row.group for row in found.values()))
@@ -194,6 +195,3 @@ def markdown(ladders: Sequence[Ladder], told: Sequence[tuple[str, str]]) -> str:
         + "\nIn percent of the gap between the target and its own trained model, ± standard error. 100 is all of it;"
         " below 0 the\nrow harms. Factors of a transported change are chosen on held-out align examples.\n"
     )
-
-
-MEASURES = (NATS, POINTS)

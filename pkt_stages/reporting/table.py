@@ -86,35 +86,27 @@ class Difference:
 
 
 def difference(row: Tensor, other: Tensor, measure: Measure) -> Difference:
-    """Two rows' results compared; the p-value is not corrected, the power is that of an uncorrected test."""
+    """Two rows' results compared, not yet as one of a family: `corrected` adjusts the p-value and tells the power."""
     from torch import Generator
 
     from pkt_stages.core.statistics import compare
 
     found = compare(row, other, Generator().manual_seed(SEED), unit=measure.unit)
-    made = Difference(**asdict(found), adjusted_p=found.p_value, detectable=None, digits=measure.digits)
-    return replace(made, detectable=_detectable(made, row, other, measure, ALPHA))
-
-
-def _detectable(found: Difference, row: Tensor, other: Tensor, measure: Measure, level: float) -> float | None:
-    from pkt_stages.core.statistics import detectable
-
-    seen = detectable(row, other, found.test, level, POWER, measure.unit)
-    return seen if seen < float("inf") else None
+    return Difference(**asdict(found), adjusted_p=found.p_value, detectable=None, digits=measure.digits)
 
 
 def corrected(compared: Sequence[tuple[Difference, Tensor, Tensor]], measure: Measure) -> list[Difference]:
     """The differences of one family, each with the two rows' results, after Holm's correction."""
     import torch
 
-    from pkt_stages.core.statistics import holm
+    from pkt_stages.core.statistics import detectable, holm
 
     adjusted = holm(torch.tensor([found.p_value for found, _, _ in compared], dtype=torch.float64))
-    level = ALPHA / max(1, len(compared))
-    return [
-        replace(found, adjusted_p=p, detectable=_detectable(found, row, other, measure, level))
-        for (found, row, other), p in zip(compared, adjusted.tolist(), strict=True)
-    ]
+    made = []
+    for (found, row, other), p in zip(compared, adjusted.tolist(), strict=True):
+        seen = detectable(row, other, found.test, ALPHA / len(compared), POWER, measure.unit)
+        made.append(replace(found, adjusted_p=p, detectable=seen if seen < float("inf") else None))
+    return made
 
 
 @dataclass(frozen=True)
