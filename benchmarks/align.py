@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import resource
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import typer
@@ -30,20 +31,15 @@ D_SOURCE = {"small": 576, "full": FULL[0][0]}
 PENALTY = 1000.0
 
 
-def main(
-    examples: int = 16,
-    tokens: int = 128,
-    micro_batch: int = 4,
-    rate: float = 0.1,
-    full: bool = False,
-    device: str = "cpu",
-) -> None:
-    torch.set_num_threads(1)
-    model = random_model(FULL[1] if full else SMALL, device, torch.float16 if full else torch.float32)
+def measure(
+    model: Any, d_source: int, *, examples: int, tokens: int, micro_batch: int, rate: float, turns: int = 5
+) -> dict[str, float]:
+    """Seconds of a step (the mapping once, per micro-batch, not at all), the gradients' error, the mapping's TFLOP."""
+    device = str(model.device)
     model.requires_grad_(False)
-    sizes, d_source = geometry(model.config), D_SOURCE["full" if full else "small"]
+    sizes = geometry(model.config)
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(8192, (examples, tokens), generator=draw).tolist()
+    ids = torch.randint(model.config.vocab_size, (examples, tokens), generator=draw).tolist()
     batches = micro_batches([Encoded(row, row) for row in ids], micro_batch)
     counts = {site: int(rate * (sizes.d_ff if site.startswith("ffn") else sizes.d_model)) for site in SITES}
     layers = torch.arange(sizes.num_layers)
@@ -71,8 +67,9 @@ def main(
         network.zero_grad(set_to_none=True)
         for part in batches:
             deltas = network(rows)
-            share = len(part) / examples
-            (losses(part, deltas).sum() / examples + PENALTY * mean_square(deltas) * share).backward()
+            (losses(part, deltas).sum() + PENALTY * mean_square(deltas) * len(part)).backward()
+        for weight in network.parameters():  # afterwards, as `backward` does: float16 has no room for small gradients
+            weight.grad = weight.grad / examples if weight.grad is not None else None
 
     def model_only() -> None:
         fixed = {site: part.detach().requires_grad_() for site, part in network(rows).items()}
@@ -81,24 +78,42 @@ def main(
 
     seconds: dict[str, float] = {}
     gradients = {}
-    for turn in range(5):  # in turns, and the fastest counts: a shared machine slows down for seconds at a time
-        for name, step in (("once", once), ("per micro-batch", per_micro_batch), ("model only", model_only)):
+    for turn in range(turns):  # in turns, and the fastest counts: a shared machine slows down for seconds at a time
+        for name, step in (("once", once), ("per_micro_batch", per_micro_batch), ("model_only", model_only)):
             start = clock(device)
             step()
             taken = clock(device) - start
             if turn > 0:  # the first one allocates
                 seconds[name] = min(taken, seconds.get(name, taken))
-            gradients[name] = torch.cat([w.grad.flatten().double() for w in network.parameters() if w.grad is not None])
-    error = float((gradients["once"] - gradients["per micro-batch"]).norm() / gradients["per micro-batch"].norm())
+            gradients[name] = torch.cat([w.grad.flatten().cpu() for w in network.parameters() if w.grad is not None])
+    difference = (gradients["once"] - gradients["per_micro_batch"]).norm(dtype=torch.float64)
+    error = float(difference / gradients["per_micro_batch"].norm(dtype=torch.float64))
+    mapping = 3 * 2 * (d_source**2 + d_source * sizes.d_model) * sum(counts.values()) * sizes.num_layers
+    return {**seconds, "gradient_error": error, "mapping_tflop": mapping / 1e12, "micro_batches": len(batches)}
+
+
+def main(
+    examples: int = 16,
+    tokens: int = 128,
+    micro_batch: int = 4,
+    rate: float = 0.1,
+    full: bool = False,
+    device: str = "cpu",
+) -> None:
+    torch.set_num_threads(1)
+    model = random_model(FULL[1] if full else SMALL, device, torch.float16 if full else torch.float32)
+    d_source = D_SOURCE["full" if full else "small"]
+    found = measure(model, d_source, examples=examples, tokens=tokens, micro_batch=micro_batch, rate=rate)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated() / 2**30
-    mapping = 2 * (d_source**2 + d_source * sizes.d_model) * sum(counts.values()) * sizes.num_layers
-    print(f"torch {torch.__version__}, {device}, {examples} examples of {tokens} tokens, {len(batches)} micro-batches")
-    print(f"step with the mapping once {seconds['once']:.3f} s, per micro-batch {seconds['per micro-batch']:.3f} s:")
-    print(f"  ratio {seconds['per micro-batch'] / seconds['once']:.2f}, gradients agree to {error:.1e}")
-    print(f"outside the target's own passes: {100 * (1 - seconds['model only'] / seconds['once']):.0f} % of the step")
-    print(f"mapping: {3 * mapping / 1e12:.3f} TFLOP forward and back; peak memory {peak:.2f} GiB")
+    batches = f"{found['micro_batches']} micro-batches"
+    print(f"torch {torch.__version__}, {device}, {examples} examples of {tokens} tokens, {batches}")
+    print(f"step with the mapping once {found['once']:.3f} s, per micro-batch {found['per_micro_batch']:.3f} s:")
+    ratio = found["per_micro_batch"] / found["once"]
+    print(f"  ratio {ratio:.2f}, gradients agree to {found['gradient_error']:.1e}")
+    print(f"outside the target's own passes: {1 - found['model_only'] / found['once']:.0%} of the step")
+    print(f"mapping: {found['mapping_tflop']:.3f} TFLOP forward and back; peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

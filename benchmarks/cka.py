@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +28,13 @@ SMALL = ((384, 1024, 24, 6), (256, 704, 20, 4))
 FULL = ((5120, 13824, 40, 40), (4096, 11008, 32, 32))
 
 
-def random_model(sizes: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> Any:
+def random_model(sizes: tuple[int, int, int, int], device: str, dtype: torch.dtype, vocab: int = 8192) -> Any:
     """A Llama of these sizes with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = LlamaConfig(vocab_size=8192, max_position_embeddings=1024, **dict(zip(names, sizes, strict=True)))
+    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=1024, **dict(zip(names, sizes, strict=True)))
     with torch.device(device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -63,14 +64,11 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def main(
-    texts: int = 200, tokens: int = 96, micro_batch: int = 8, pairs: int = 200, full: bool = False, device: str = "cpu"
-) -> None:
-    torch.set_num_threads(1)
-    sizes, dtype = (FULL, torch.float16) if full else (SMALL, torch.float32)
-    models = [random_model(one, device, dtype) for one in sizes]
+def measure(models: Sequence[Any], *, texts: int, tokens: int, micro_batch: int, pairs: int) -> dict[str, float]:
+    """Seconds of the parts and of the plain loop (from some pairs), the number of pairs, the worst difference."""
+    device = str(models[0].device)
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(8192, (texts, tokens), generator=draw).tolist()
+    ids = torch.randint(models[0].config.vocab_size, (texts, tokens), generator=draw).tolist()
     # The first passes allocate; they are not measured.
     for model in models:
         features(model, ids[:micro_batch], tokens="mean", micro_batch_size=micro_batch)
@@ -101,13 +99,31 @@ def main(
     plain = [plain_cka(found[0][s][i], found[1][s][j]) for s, i, j in sample]
     seconds = (clock(device) - start) / len(sample) * len(every)
     worst = max(abs(value - float(maps[s][i, j])) for value, (s, i, j) in zip(plain, sample, strict=True))
+    return {
+        "pairs": len(every),
+        "forward": forward,
+        "with_hooks": captured,
+        "comparison": compared,
+        "plain_loop": seconds,
+        "worst": worst,
+    }
 
+
+def main(
+    texts: int = 200, tokens: int = 96, micro_batch: int = 8, pairs: int = 200, full: bool = False, device: str = "cpu"
+) -> None:
+    torch.set_num_threads(1)
+    sizes, dtype = (FULL, torch.float16) if full else (SMALL, torch.float32)
+    models = [random_model(one, device, dtype) for one in sizes]
+    found = measure(models, texts=texts, tokens=tokens, micro_batch=micro_batch, pairs=pairs)
+    outside = found["comparison"] / (found["with_hooks"] + found["comparison"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"torch {torch.__version__}, {device}, {texts} texts of {tokens} tokens, {len(every)} pairs of layers")
-    print(f"forward passes: bare {forward:.2f} s, with hooks that reduce {captured:.2f} s; comparison {compared:.2f} s")
-    print(f"outside the forward passes: {100 * compared / (captured + compared):.1f} % of all")
-    print(f"plain loop over pairs {seconds:.2f} s (from {len(sample)}): {seconds / compared:.0f} times the comparison")
-    print(f"largest difference {worst:.1e}; peak memory {peak:.2f} GiB")
+    print(f"torch {torch.__version__}, {device}, {texts} texts of {tokens} tokens, {found['pairs']} pairs of layers")
+    print(f"forward passes: bare {found['forward']:.2f} s, with hooks that reduce {found['with_hooks']:.2f} s")
+    print(f"comparison {found['comparison']:.2f} s; outside the forward passes: {outside:.1%} of all")
+    ratio = found["plain_loop"] / found["comparison"]
+    print(f"plain loop over pairs {found['plain_loop']:.2f} s (from {pairs}): {ratio:.0f} times the comparison")
+    print(f"largest difference {found['worst']:.1e}; peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -8,26 +8,35 @@ p = softmax(U base / rms)
 
     score(n) = x[w] - log E_p[e^x].
 
-G is computed once for all examples, tile by tile. Most exponentials are avoided: E_p[G^k], k = 1..4, are matrix
-products for all examples at once, and
+Most exponentials are avoided. The few tokens T that hold most of p are taken one by one, w among them. Over the rest,
+q = p / p(not T), the powers E_q[G^k], k = 2..4, are matrix products for all examples at once, formed tile by tile of G,
+and the mean is one product with U^T q. Then
 
-    log E_p[e^x] = m1 + log1p(mu2 / 2 + mu3 / 6 + mu4 / 24) + r,   |r| <= a mu4 e^a / 120,   a = max_v |x - m1|
+    log E_q[e^x] = m1 + log1p(mu2 / 2 + mu3 / 6 + mu4 / 24) + r,   |r| <= a mu4 e^a / 120,   a = max_v |x - m1|
 
-with m1 the mean and mu_k the central moments of x under p. Pairs of example and neuron whose bound exceeds the
-tolerance take the plain path, a log-sum-exp over the vocabulary.
+with m1 the mean and mu_k the central moments of x under q. Everything but the powers is float64; what rounding of them
+can do to the moments is added to the bound, and a rest that holds little of E_p[e^x] matters by that share alone. Pairs
+of example and neuron whose bound is not below the tolerance take the plain path, a log-sum-exp over the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Neurons and vocabulary entries of one tile of G: a CPU's tile stays in its cache, a GPU's fills its multiprocessors.
-TILES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
+TILES = {"cpu": (512, 1024), "cuda": (16384, 8192)}
 PLAIN_TILE = {"cpu": 2**22, "cuda": 2**28}  # entries of G held at a time on the plain path
+WIDE_TILE = 8192  # rows of U that are widened to float64 at a time
+NUM_EXACT = 8  # tokens of each example that are taken one by one
+# What rounding may do to E_q[G^k], relative to E_q[|G|^k]: float32 sums over a vocabulary, or a tensor core's.
+ROUNDING = 2.0**-17
+
+Powers = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as `powers`, of subvalues and rest
 
 
 @dataclass(frozen=True)
@@ -58,16 +67,54 @@ def log_probabilities(
     residual: Float[Tensor, "example d_model"],
     divisor: Float[Tensor, " example"],
 ) -> Float[Tensor, "example vocab"]:
-    """log softmax of the logit lens, float32 from float64 sums."""
+    """log softmax of the logit lens; the logits are float32, sums and result float64."""
     logits = residual @ unembedding.mT / divisor[:, None]
-    return torch.log_softmax(logits.double(), dim=-1).float()
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def block_gain(
     before: Float[Tensor, "example vocab"], after: Float[Tensor, "example vocab"], token: Int[Tensor, " example"]
 ) -> Float[Tensor, " example"]:
     """log p(token) after a whole block was added, minus before; nats."""
-    return (after - before).gather(-1, token[:, None])[:, 0]
+    return (after.gather(-1, token[:, None]) - before.gather(-1, token[:, None]))[:, 0].float()
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The examples' distributions before a neuron is added: tokens that are taken one by one, and the rest.
+
+    Attributes:
+        log_p: [example, vocab] float64.
+        token: [example] w.
+        tokens: all that are taken one by one in some example.
+        exact: [example, exact] where in `tokens` an example's own stand, w first.
+        log_exact: [example, exact] their log p.
+        log_rest: [example] log p of all others; -inf if there are none.
+        rest: [vocab, example] float32 q, which sums to 1 over the others (0 if there are none).
+        mean: [example, d_model] float64 U^T q.
+    """
+
+    log_p: Tensor
+    token: Tensor
+    tokens: Tensor
+    exact: Tensor
+    log_exact: Tensor
+    log_rest: Tensor
+    rest: Tensor
+    mean: Tensor
+
+
+def _base(log_p: Tensor, token: Tensor, unembedding: Tensor) -> _Base:
+    log_p = log_p.double()
+    ranked = log_p.scatter(-1, token[:, None], torch.inf)
+    chosen = ranked.topk(min(NUM_EXACT, log_p.shape[-1]), dim=-1).indices
+    others = log_p.scatter(-1, chosen, -torch.inf)
+    log_rest = others.logsumexp(-1)
+    rest = (others - log_rest[:, None]).exp().nan_to_num(0.0)
+    tokens, exact = chosen.unique(return_inverse=True)
+    pieces = zip(rest.split(WIDE_TILE, 1), unembedding.split(WIDE_TILE), strict=True)
+    mean = torch.stack([q @ u.double() for q, u in pieces]).sum(0)
+    return _Base(log_p, token, tokens, exact, log_p.gather(-1, chosen), log_rest, rest.float().mT.contiguous(), mean)
 
 
 @torch.no_grad()
@@ -79,6 +126,7 @@ def neuron_scores(
     token: Int[Tensor, " example"],
     *,
     tolerance: float = 1e-6,
+    fused: Powers | None = None,
 ) -> Scores:
     """Scores of all neurons of one module of one layer, for all examples at once.
 
@@ -88,18 +136,22 @@ def neuron_scores(
         log_p: log p(. | base) of each example.
         coefficients: c_n / rms per example; variants share the base (kinds of attention coefficient).
         token: w of each example.
-        tolerance: the largest error in nats that the moments may make; pairs above it take the plain path.
+        tolerance: the largest error in nats that the moments may make; pairs above it take the plain path, at 0 all.
+        fused: takes the place of `powers` on a device that has a kernel for it; given subvalues and the rest.
     """
+    form = fused or (lambda v, rest: powers(v, unembedding, rest))
+    base = _base(log_p, token, unembedding)
+    at_tokens = unembedding[base.tokens].double()
     scores, plain = [], 0
     tile, _ = TILES[subvalues.device.type]
-    for start in range(0, len(subvalues), tile):
-        part = slice(start, start + tile)
-        c = coefficients[..., part]
-        values, needs_plain = _by_moments(subvalues[part], unembedding, log_p, c, token, tolerance)
-        if bool(needs_plain.any()):
-            plain += int(needs_plain.sum())
-            _replace_plain(values, needs_plain, subvalues[part], unembedding, log_p, c, token)
-        scores.append(values)
+    for v, part in zip(subvalues.split(tile), coefficients.split(tile, dim=-1), strict=True):
+        c = part.double()
+        values, bound = _by_moments(v, at_tokens, base, c, form)
+        chosen = ~(bound < tolerance)
+        if bool(chosen.any()):
+            plain += int(chosen.sum())
+            _replace_plain(values, chosen, v, unembedding, base, c)
+        scores.append(values.float())
     return Scores(torch.cat(scores, dim=-1), plain)
 
 
@@ -108,67 +160,73 @@ def centred(unembedding: Float[Tensor, "vocab d_model"]) -> Float[Tensor, "vocab
     return (unembedding - unembedding.double().mean(0)).float()
 
 
-def _by_moments(
+def powers(
     subvalues: Float[Tensor, "neuron d_model"],
     unembedding: Float[Tensor, "vocab d_model"],
-    log_p: Float[Tensor, "example vocab"],
-    coefficients: Float[Tensor, "variant example neuron"],
-    token: Int[Tensor, " example"],
-    tolerance: float,
-) -> tuple[Float[Tensor, "variant example neuron"], Bool[Tensor, "variant example neuron"]]:
-    num_neurons, num_examples = len(subvalues), len(log_p)
-    p = log_p.exp().mT.contiguous()
-    moments = subvalues.new_zeros(4, num_neurons, num_examples)
-    high = subvalues.new_full((num_neurons,), -torch.inf)
-    low = subvalues.new_full((num_neurons,), torch.inf)
-    _, tile = TILES[subvalues.device.type]
-    for start in range(0, len(unembedding), tile):
-        part = slice(start, start + tile)
-        g = subvalues @ unembedding[part].mT
+    rest: Float[Tensor, "vocab example"],
+) -> tuple[Float[Tensor, "power neuron example"], Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
+    """Sums over the vocabulary of q G^k for k = 2, 3, 4, and the largest and smallest entry of G; float32."""
+    sums = subvalues.new_zeros(3, len(subvalues), rest.shape[1])
+    high = subvalues.new_full((len(subvalues),), -torch.inf)
+    low = subvalues.new_full((len(subvalues),), torch.inf)
+    tile = TILES[subvalues.device.type][1]
+    for u, q in zip(unembedding.split(tile), rest.split(tile), strict=True):
+        g = subvalues @ u.mT
         # Two reductions: aminmax over a dimension is thirty times slower on a CPU.
         high, low = torch.maximum(high, g.amax(1)), torch.minimum(low, g.amin(1))
         power = g.clone()
-        for k in range(4):
-            if k:
-                power.mul_(g)
-            moments[k].addmm_(power, p[part])
+        for k in range(3):
+            sums[k].addmm_(power.mul_(g), q)
+    return sums, high, low
 
-    # Central moments of G under p, combined in float64; then those of x = c G.
-    mass = p.sum(0, dtype=torch.float64)
-    e1, e2, e3, e4 = (moments.double() / mass).unbind(0)
-    v2 = e2 - e1**2
-    v3 = e3 - 3 * e1 * e2 + 2 * e1**3
-    v4 = e4 - 4 * e1 * e3 + 6 * e1**2 * e2 - 3 * e1**4
-    c = coefficients.double()
-    g_token = (subvalues @ unembedding[token].mT).double()
-    spread = torch.maximum(high.double()[:, None] - e1, e1 - low.double()[:, None]).clamp_min(0)
-    mean, v2, v3, v4, spread, g_token = (t.mT for t in (e1, v2, v3, v4, spread, g_token))
-    mu4 = c**4 * v4.clamp_min(0)
-    log_mean_exp = c * mean + torch.log1p((c**2 * v2.clamp_min(0) / 2 + c**3 * v3 / 6 + mu4 / 24).clamp_min(0))
-    a = c.abs() * spread
-    bound = a * mu4 * torch.exp(a) / 120
-    return (c * g_token - log_mean_exp).float(), ~(bound <= tolerance)
+
+def _by_moments(subvalues: Tensor, at_tokens: Tensor, base: _Base, c: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
+    """Scores [variant, example, neuron] and a bound of their error in nats; float64.
+
+    Args:
+        at_tokens: [token, d_model] rows of U of the base's `tokens`, float64.
+        c: coefficients / rms, float64.
+    """
+    sums, high, low = powers(subvalues, base.rest)
+    exact = subvalues.double()
+    mean = base.mean @ exact.mT
+    e2, e3, e4 = (t.mT for t in sums.double())
+    # Central moments of G under q, then those of x = c G.
+    v2 = (e2 - mean**2).clamp_min(0)
+    v3 = e3 - 3 * mean * e2 + 2 * mean**3
+    v4 = (e4 - 4 * mean * e3 + 6 * mean**2 * e2 - 3 * mean**4).clamp_min(0)
+    spread = torch.maximum(high.double() - mean, mean - low.double()).clamp_min(0)
+    size = e4.clamp_min(0) ** 0.25  # E_q[|G|^k] <= size^k for k <= 4
+    moments = torch.log1p((c**2 * v2 / 2 + c**3 * v3 / 6 + c**4 * v4 / 24).clamp_min(0))
+    log_rest = base.log_rest[:, None] + c * mean + moments
+    a, y = c.abs() * spread, c.abs() * size
+    remainder = a * (c**4 * v4 + 11 * ROUNDING * y**4) * a.exp() / 120
+    rounding = ROUNDING * (y**2 / 2 + 4 * y**3 / 6 + 11 * y**4 / 24)
+
+    g = exact @ at_tokens.mT  # [neuron, token]
+    x = c[..., None] * g.mT[base.exact].transpose(1, 2)  # [variant, example, neuron, exact]
+    at_token = x[..., 0]
+    log_top = (x + base.log_exact[:, None, :] - x[..., :1]).logsumexp(-1)
+    log_rest = log_rest - at_token
+    total = torch.logaddexp(log_top, log_rest)
+    bound = (log_rest - total).exp() * torch.expm1(remainder + rounding)
+    # A rest of nothing counts for nothing, however wrong it is.
+    return -total, bound.where(base.log_rest[:, None] > -torch.inf, 0.0)
 
 
 def _replace_plain(
-    values: Float[Tensor, "variant example neuron"],
-    chosen: Bool[Tensor, "variant example neuron"],
-    subvalues: Float[Tensor, "neuron d_model"],
-    unembedding: Float[Tensor, "vocab d_model"],
-    log_p: Float[Tensor, "example vocab"],
-    coefficients: Float[Tensor, "variant example neuron"],
-    token: Int[Tensor, " example"],
+    values: Tensor, chosen: Tensor, subvalues: Tensor, unembedding: Tensor, base: _Base, c: Tensor
 ) -> None:
-    """Overwrite the chosen pairs' scores by a log-sum-exp over the vocabulary."""
-    neurons = chosen.any(0).any(0).nonzero()[:, 0]
+    """Overwrite the chosen pairs' scores by a log-sum-exp over the vocabulary; logits float64, exponentials float32."""
     columns = max(1, PLAIN_TILE[subvalues.device.type] // len(unembedding))
-    for some in neurons.split(columns):
-        g = subvalues[some] @ unembedding.mT
-        for variant, example in chosen[:, :, some].any(-1).nonzero().tolist():
-            here = chosen[variant, example, some]
-            x = coefficients[variant, example, some[here]][:, None] * g[here]
-            at_token = x[:, token[example]].clone()
-            values[variant, example, some[here]] = at_token - torch.logsumexp(x.add_(log_p[example]), dim=-1)
+    for some in chosen.any(0).any(0).nonzero()[:, 0].split(columns):
+        v = subvalues[some].double()
+        g = torch.cat([v @ u.double().mT for u in unembedding.split(WIDE_TILE)], dim=1)
+        for pairs in chosen[:, :, some].nonzero().split(columns):
+            variant, example, neuron = pairs.unbind(1)
+            moved = c[variant, example, some[neuron]][:, None] * g[neuron]
+            moved -= moved.gather(1, base.token[example, None])
+            values[variant, example, some[neuron]] = -moved.add_(base.log_p[example]).float().logsumexp(-1).double()
 
 
 @torch.no_grad()

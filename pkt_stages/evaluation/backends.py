@@ -146,7 +146,7 @@ class HfBackend:
             mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:]
             while True:
                 output = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                chosen = _choose(output.logits[:, -1].float().cpu(), [generators[row] for row in rows], sampling)
+                chosen = _choose(output.logits[:, -1], [generators[row] for row in rows], sampling)
                 for row, token in zip(rows, chosen, strict=True):
                     if row not in done:
                         made[row].append(token)
@@ -191,6 +191,7 @@ def _choose(logits: Tensor, generators: Sequence[Any], sampling: Sampling) -> li
     if sampling.temperature == 0:
         greedy: list[int] = logits.argmax(-1).tolist()
         return greedy
+    logits = logits.float().cpu()  # where the random numbers are
     chances, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = chances.cumsum(-1) - chances
     chances = chances.masked_fill(before >= sampling.top_p, 0)

@@ -30,6 +30,7 @@ class Examples:
         unembedding: [vocab, d_model] of the lens.
         centred: the same, centred over the vocabulary.
         divisor: [norm * example] of the lens.
+        fused: forms powers of directions on a GPU.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class Examples:
     unembedding: Tensor
     centred: Tensor
     divisor: Tensor
+    fused: core.Powers | None
 
     def stacked(self, name: str, layer: int) -> Tensor:
         """What all examples have as this field of `Captured` at a layer: [example, ...]."""
@@ -76,7 +78,16 @@ def on_lens(
         unembedding=unembedding,
         centred=core.centred(unembedding),
         divisor=torch.cat([core.lens_divisor(final, eps, norm) for norm in norms]),
+        fused=_fused(model, home),
     )
+
+
+def _fused(model: Any, home: torch.device) -> core.Powers | None:
+    if home.type != "cuda":
+        return None
+    from pkt_stages.core.halves import HalvedPowers
+
+    return HalvedPowers(model.get_output_embeddings().weight.to(home), model.model.norm.weight.float())
 
 
 def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, Tensor]:
@@ -105,7 +116,9 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
         subvalues = _subvalues(examples.model, layer, sublayer).to(base.device).float().contiguous()
         scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
         c = torch.stack(scaled)
-        found = core.neuron_scores(subvalues, examples.centred, base, c, token, tolerance=tolerance)
+        found = core.neuron_scores(
+            subvalues, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
+        )
         made[sublayer] = found.values
         made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])
     return {name: tensor.cpu() for name, tensor in made.items()}
@@ -163,7 +176,8 @@ def _best_neurons(
     """
     name = "ffn_coefficients" if sublayer == "ffn" else COEFFICIENTS[examples.coefficients[0]]
     count = min(num_neurons, scores[0].numel())
-    best = scores.flatten(1).sort(descending=True, stable=True).indices[:, :count]
+    ranked = scores.flatten(1).to(examples.centred.device).sort(descending=True, stable=True).indices
+    best = ranked[:, :count].cpu()
     where = torch.stack([best // scores.shape[-1], best % scores.shape[-1]], dim=-1)
     tokens = []
     for captured, pairs in zip(examples.captured, where.tolist(), strict=True):

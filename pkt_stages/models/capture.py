@@ -1,8 +1,8 @@
-"""One forward pass, and what every layer computed at the predicting position (METHODS section 2)."""
+"""Forward passes, and what every layer computed at the predicting position (METHODS section 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkt_stages.models.batches import padded
 from pkt_stages.models.sites import Geometry, geometry
+
+MAX_TOKENS = 2048  # of a batch, filling included
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,50 @@ class Captured:
     final: Tensor
 
 
-@torch.no_grad()
+def batches(contexts: Sequence[list[int]]) -> list[list[int]]:
+    """Which contexts run together, as indices; depends on their lengths alone, so that bytes are equal everywhere."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(contexts)), key=lambda i: (len(contexts[i]), i)):
+        if not found or (len(found[-1]) + 1) * len(contexts[i]) > MAX_TOKENS:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
 def capture(model: Any, context: list[int]) -> Captured:
-    """Run the context through the model (eager attention) and keep what the last position saw.
+    """Run one context through the model (eager attention) and keep what its last position saw."""
+    return capture_all(model, [context])[0]
+
+
+@torch.no_grad()
+def capture_all(model: Any, contexts: Sequence[list[int]]) -> list[Captured]:
+    """Run contexts through the model at once (eager attention) and keep what the last position of each saw.
 
     Args:
-        model: a supported causal language model, loaded with `attn_implementation="eager"` or switched by `eager`.
-        context: token ids, the first of them BOS where the model was trained with one.
+        model: a supported causal language model.
+        contexts: token ids, the first of them BOS where the model was trained with one. Shorter ones are filled up
+            behind their last token, which attends to nothing behind itself.
     """
     sizes = geometry(model.config)
     kept: dict[str, list[Tensor]] = {n: [] for n in ("input", "attn", "ffn", "c", "a", "weight", "value", "final")}
+    rows = torch.arange(len(contexts))
+    last = torch.tensor([len(context) - 1 for context in contexts])
 
     def keep_input(name: str) -> Any:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            kept[name].append(inputs[0][0, -1].float())
+            kept[name].append(inputs[0][rows, last].float())
 
         return hook
 
     def keep_output(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            kept[name].append(output[0, -1].float())
+            kept[name].append(output[rows, last].float())
 
         return hook
 
     def keep_attention(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        kept["attn"].append(output[0][0, -1].float())
-        kept["weight"].append(output[1][0, :, -1, -1].float())
+        kept["attn"].append(output[0][rows, last].float())
+        kept["weight"].append(output[1][rows, :, last, last].float())
 
     handles = []
     try:
@@ -76,23 +97,26 @@ def capture(model: Any, context: list[int]) -> Captured:
             ]
         handles.append(model.model.norm.register_forward_pre_hook(keep_input("final")))
         with eager(model):
-            ids = torch.tensor([context], device=model.get_input_embeddings().weight.device)
+            ids = padded(contexts, 0).to(model.get_input_embeddings().weight.device)
             model.model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
 
     home = kept["final"][0].device
-    stacked = {name: torch.stack([t.to(home) for t in found]) for name, found in kept.items()}
-    return Captured(
-        layer_input=stacked["input"],
-        attn_output=stacked["attn"],
-        ffn_output=stacked["ffn"],
-        ffn_coefficients=stacked["c"],
-        attn_coefficients=stacked["a"],
-        attn_coefficients_last=_own_value(stacked["weight"], stacked["value"], sizes),
-        final=stacked["final"][0],
-    )
+    stacked = {name: torch.stack([t.to(home) for t in found], dim=1) for name, found in kept.items()}
+    return [
+        Captured(
+            layer_input=stacked["input"][i],
+            attn_output=stacked["attn"][i],
+            ffn_output=stacked["ffn"][i],
+            ffn_coefficients=stacked["c"][i],
+            attn_coefficients=stacked["a"][i],
+            attn_coefficients_last=_own_value(stacked["weight"][i], stacked["value"][i], sizes),
+            final=stacked["final"][i, 0],
+        )
+        for i in range(len(contexts))
+    ]
 
 
 def _own_value(weight: Tensor, value: Tensor, sizes: Geometry) -> Tensor:

@@ -50,7 +50,7 @@ class AttributeParams(PromptParams):
 def run(
     model: Any, located: list[Located], params: AttributeParams, units: Units | None = None, group: Group | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Attribute on a loaded model: a forward pass per example, then layer by layer all examples at once.
+    """Attribute on a loaded model: forward passes of a few examples, then layer by layer all examples at once.
 
     Args:
         units: examples and layers that are done already, and where to put the others.
@@ -61,7 +61,7 @@ def run(
         in a process that is not the group's first.
     """
     from pkt_stages.models.attribution import collected, on_lens, score_layer
-    from pkt_stages.models.capture import capture
+    from pkt_stages.models.capture import batches, capture_all
     from pkt_stages.models.sites import geometry
 
     units = {} if units is None else units
@@ -72,9 +72,11 @@ def run(
         assert found is not None, name
         return found
 
-    for i in track(group.share(range(len(located))), "forward passes"):
-        if units.get(f"example_{i}") is None:
-            units[f"example_{i}"] = vars(capture(model, located[i].context))
+    contexts = [item.context for item in located]
+    for batch in track(group.share(batches(contexts)), "forward passes"):
+        if any(units.get(f"example_{i}") is None for i in batch):
+            for i, found in zip(batch, capture_all(model, [contexts[i] for i in batch]), strict=True):
+                units[f"example_{i}"] = vars(found)
     group.wait()
     captured = [kept(f"example_{i}") for i in range(len(located))]
     predicted = [item.predicted for item in located]

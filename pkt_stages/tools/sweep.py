@@ -145,7 +145,7 @@ class Driver:
         return locked
 
     def _commands_for(self, stage: Any) -> list[list[str]]:
-        dvc = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+        dvc = [sys.executable, "-m", "pkt_stages.quick_dvc", "--wait-for-lock"]
         # No --allow-missing: it would have DVC pass over what has just been found out of date.
         repro = [*dvc, "repro", "-s", *(["--pull"] if self._pull else []), stage.addressing]
         missing = self._graph.missing(stage) if self._pull else []

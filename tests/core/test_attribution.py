@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pkt_stages.core import attribution as core
 from pkt_stages.encoding import Located
-from pkt_stages.models.capture import capture, lens
+from pkt_stages.models.capture import batches, capture_all, lens
 from pkt_stages.models.load import ModelRef, load_model
 from pkt_stages.models.sites import as_rows, geometry, weight_name
 from pkt_stages.stages.attribute import AttributeParams, run
@@ -62,6 +62,42 @@ def test_the_remainder_bound_holds() -> None:
     loose = ours(case, tolerance=1e-2)
     assert loose.num_plain < ours(case).num_plain
     assert 1e-6 < (loose.values.double() - oracle(case)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 2.0, 12.0, 60.0])
+@pytest.mark.parametrize("held", [1, 2, 5, 12, 40, 150])
+def test_sharp_bases(held: int, spread: float) -> None:
+    """A few tokens hold all but a billionth, fewer or more than are taken one by one; neurons move logits far apart."""
+    g = torch.Generator().manual_seed(held)
+    unembedding, rows = torch.randn(300, 24, generator=g), torch.randn(80, 24, generator=g)
+    log_p = torch.randn(3, 300, generator=g, dtype=torch.float64)
+    log_p[:, 20 : 20 + held] += torch.log(torch.tensor(1e9))
+    log_p = log_p.log_softmax(-1)
+    token = torch.tensor([20, 3, 20 + held - 1])  # the second one is in none of them
+    u = core.centred(unembedding)
+    c = torch.randn(2, 3, 80, generator=g) * spread / (rows @ u.T).std()
+    found = core.neuron_scores(rows, u, log_p, c, token)
+    x = c.double()[..., None] * (rows.double() @ u.double().T)
+    moved = x - x[:, [0, 1, 2], :, token].transpose(0, 1)[..., None]
+    exact = -(moved + log_p[:, None]).logsumexp(-1)
+    error = (found.values.double() - exact).abs()
+    assert (error < 1.1e-6 + 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
+    plain = core.neuron_scores(rows, u, log_p, c, token, tolerance=0.0)
+    assert plain.num_plain == c.numel()
+    assert ((plain.values.double() - exact).abs() < 1.1e-6 + 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
+
+
+def test_the_token_is_exact_even_where_a_neuron_only_moves_the_rest() -> None:
+    """Two tokens of base probability near 0 trade places: nats apart, though neither holds any of p."""
+    log_p = torch.full((1, 100), -30.0, dtype=torch.float64)
+    log_p[0, 0] = 0.0
+    u = torch.zeros(100, 2)
+    u[50, 0], u[60, 0], u[0, 1] = 1.0, -1.0, 1.0
+    rows = torch.tensor([[40.0, 0.0], [-40.0, 0.0], [0.0, -50.0]])
+    found = core.neuron_scores(rows, u, log_p.log_softmax(-1), torch.ones(1, 1, 3), torch.tensor([50])).values[0, 0]
+    x = rows.double() @ u.double().T
+    exact = x[:, 50] - (x + log_p.log_softmax(-1)).logsumexp(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_a_hand_worked_neuron() -> None:
@@ -146,8 +182,9 @@ def float64_scores(model: torch.nn.Module, located: list[Located], norm: str) ->
     sizes = geometry(model.config)
     unembedding, eps = lens(model)
     scores: dict[str, list[torch.Tensor]] = {"ffn": [], "attn": []}
-    for item in located:
-        kept = capture(model, item.context)
+    contexts = [item.context for item in located]
+    assert sorted(batches(contexts)[0]) == [0, 1, 2]
+    for item, kept in zip(located, capture_all(model, contexts), strict=True):
         divisor = core.lens_divisor(kept.final[None], eps, norm)
         rows: dict[str, list[torch.Tensor]] = {"ffn": [], "attn": []}
         for layer in range(sizes.num_layers):

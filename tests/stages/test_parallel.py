@@ -103,15 +103,15 @@ def test_other_commands_run_in_one_process(pkt: Run, monkeypatch: pytest.MonkeyP
 def test_attribution_goes_on_after_a_kill(
     pkt: Run, source_folder: Path, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the third example and then in the second layer: no finished one is done again."""
+    """Killed in the third batch of examples and then in the second layer: no finished one is done again."""
     from pkt_stages.core import attribution
     from pkt_stages.models import capture
 
     whole, _, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
     killed, _, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
     assert pkt(*whole)[0] == 0
-    calls = {"capture": 0, "neuron_scores": 0}
-    limits = {"capture": 2, "neuron_scores": 10**9}
+    calls = {"capture_all": 0, "neuron_scores": 0}
+    limits = {"capture_all": 2, "neuron_scores": 10**9}
 
     def counted(module: object, name: str) -> None:
         real = getattr(module, name)
@@ -124,17 +124,18 @@ def test_attribution_goes_on_after_a_kill(
 
         monkeypatch.setattr(module, name, call)
 
-    counted(capture, "capture")
+    monkeypatch.setattr(capture, "MAX_TOKENS", 1)  # a batch for each
+    counted(capture, "capture_all")
     counted(attribution, "neuron_scores")
     assert pkt(*killed)[0] == 130
-    assert calls == {"capture": 2, "neuron_scores": 0}
+    assert calls == {"capture_all": 2, "neuron_scores": 0}
     # Two calls a layer, attention and FFN: the second one of the second layer is never made.
-    limits.update(capture=10**9, neuron_scores=3)
+    limits.update(capture_all=10**9, neuron_scores=3)
     assert pkt(*killed)[0] == 130
-    assert calls == {"capture": 5, "neuron_scores": 3}
+    assert calls == {"capture_all": 5, "neuron_scores": 3}
     limits.update(neuron_scores=10**9)
     assert pkt(*killed)[0] == 0
-    assert calls == {"capture": 5, "neuron_scores": 3 + 2 * 3}
+    assert calls == {"capture_all": 5, "neuron_scores": 3 + 2 * 3}
     assert (tmp_path / "whole/a").read_bytes() == (tmp_path / "killed/a").read_bytes()
 
 
