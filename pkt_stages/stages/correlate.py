@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pkt_stages.models.correlation import Pair, Sums
+    from pkt_stages.models.load import ModelRef
 
 
 PAIRS_AT_ONCE = 8
@@ -34,23 +35,60 @@ class CorrelateParams:
     num_texts: int = option(200, "The first so many texts.", ge=1)
     max_tokens: int = option(512, "Longer texts are cut, tokens.", ge=4)
     batch_size: int = option(8, "Texts per minibatch.", ge=1)
-    layer_pairs: Literal["cka", "proportional"] = option(
-        "cka", "Layers that belong together: the most similar ones in order, or at the same share of the depth."
+    layer_pairs: Literal["cka", "proportional", "selected"] = option(
+        "cka",
+        "Layers that belong together: the most similar ones in order, at the same share of the depth, or the source's"
+        " best-scored ones in order, from both models' --attribution.",
     )
     dtype: DType = option("float32", "Dtype of the models as they run; auto: stored.")
     stored: Literal["float64", "float32"] = option("float64", "Dtype of the stored sums.")
     grams: bool = option(False, "Keep either model's own sums of products whole, too, which whitening needs.")
 
 
-def layer_pairs(models: Sequence[Any], batches: Sequence[Sequence[list[int]]], rule: str) -> tuple[list[Pair], Tensor]:
-    """(source, target) layers that belong together, and the similarity [source, target] of what all of them add."""
+def layer_pairs(
+    models: Sequence[Any], batches: Sequence[Sequence[list[int]]], rule: str, chosen: list[Pair] | None = None
+) -> tuple[list[Pair], Tensor]:
+    """(source, target) layers that belong together, and the similarity [source, target] of what all of them add.
+
+    Args:
+        chosen: those of the rule `selected`.
+    """
     from pkt_stages.core.transport import order_preserving_pairs, proportional_pairs
     from pkt_stages.models.correlation import block_similarity
 
     similarity = block_similarity(models, batches)
+    if chosen is not None:
+        return chosen, similarity
     if rule == "proportional":
         return proportional_pairs(*similarity.shape), similarity
     return order_preserving_pairs(similarity), similarity
+
+
+def selected_pairs(paths: Sequence[Path]) -> list[Pair]:
+    """(source, target) layers as `select` pairs them, one answer for all examples (METHODS section 3).
+
+    Args:
+        paths: attributions of the source and of the target; their first norm and coefficient count, and of a layer the
+            sum of all its neurons' scores, FFN and attention, in the mean over the extract examples.
+
+    Raises:
+        UserError: as `artifacts.load`; no extract examples.
+    """
+    import torch
+
+    from pkt_stages.core.selection import pair_layers
+
+    scores = []
+    for path in paths:
+        found = artifacts.load(path, artifacts.ATTRIBUTION)
+        norm, coefficient = found.meta["params"]["norms"][0], found.meta["params"]["coefficients"][0]
+        extract = torch.tensor([example["set"] == "extract" for example in found.meta["examples"]])
+        if not bool(extract.any()):
+            raise UserError(f"{path}: has no extract examples; run `pkt attribute` with --extract")
+        ffn, attn = found[f"ffn_scores.{norm}"], found[f"attn_scores.{norm}.{coefficient}"]
+        by_example = ffn[extract].double().sum(-1) + attn[extract].double().sum(-1)
+        scores.append(by_example.mean(0, keepdim=True).float())
+    return [(int(s), int(t)) for s, t in pair_layers(*scores)[0]]
 
 
 def run(
@@ -70,6 +108,20 @@ def run(
                 yield pair, sums
 
 
+def _check_layers(pairs: Sequence[Pair] | None, refs: Sequence[ModelRef]) -> None:
+    """Raise UserError if attributions are of models with more layers than these."""
+    from pkt_stages.models.load import load_config
+    from pkt_stages.models.sites import geometry
+
+    for side, ref in enumerate(refs):
+        layers = geometry(load_config(ref)).num_layers
+        if pairs and (largest := max(pair[side] for pair in pairs)) >= layers:
+            raise UserError(
+                f"--attribution: layer {largest} of the {('source', 'target')[side]} is among the selected,"
+                f" {ref.location} has {layers} layers; give the attribution of a model of its shape"
+            )
+
+
 @with_params("correlate", CorrelateParams)
 def correlate(
     params: CorrelateParams,
@@ -77,6 +129,10 @@ def correlate(
     target: Target,
     texts: Annotated[Path, typer.Option(help="Texts (.jsonl) from `pkt texts`.")],
     out: Annotated[Path, typer.Option(help="Folder for the sums.")],
+    attribution: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Attributions of the source and of the target, for layer_pairs: selected."),
+    ] = None,
     pairs_at_once: Annotated[
         int, typer.Option(min=1, help="Pairs of layers whose sums are held at a time.", envvar="PKT_PAIRS_AT_ONCE")
     ] = PAIRS_AT_ONCE,
@@ -89,14 +145,21 @@ def correlate(
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, LIST)
+    if (params.layer_pairs == "selected") != (attribution is not None):
+        raise UserError(
+            f"layer_pairs is {params.layer_pairs}, and --attribution {'is' if attribution else 'is not'} given; give"
+            " both models' attributions with layer_pairs: selected, and with no other"
+        )
     refs = [resolve(source), resolve(target)]
+    chosen = selected_pairs(attribution) if attribution is not None else None
+    _check_layers(chosen, refs)
     raw = read_texts(texts, params.num_texts)
     ids = [encode_texts(ref, raw, texts, params.max_tokens) for ref in refs]
     if ids[0] != ids[1]:
         raise UserError(f"{texts}: the two models' tokenizers divide them differently; transport needs equal tokens")
     models = [load_model(ref, dtype=params.dtype, device=device) for ref in refs]
     batches = [ids[0][start : start + params.batch_size] for start in range(0, len(ids[0]), params.batch_size)]
-    pairs, similarity = layer_pairs(models, batches, params.layer_pairs)
+    pairs, similarity = layer_pairs(models, batches, params.layer_pairs, chosen)
     num_tokens = sum(map(len, ids[0]))
     meta: dict[str, Any] = {
         "source": identity(refs[0]),

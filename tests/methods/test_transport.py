@@ -286,3 +286,32 @@ def test_tokenizers_must_divide_texts_alike(pkt: Run, parent: Path, tmp_path: Pa
     status, _, err = pkt("correlate", *given, "--out", tmp_path / "sums")
     assert status == 2
     assert "the two models' tokenizers divide them differently; transport needs equal tokens" in err
+
+
+def test_selected_layers(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """The source's best-scored layers in order, by the neurons' sums; refused without attributions, or with others."""
+    from tests.stages.test_parallel import write_examples
+
+    examples = write_examples(tmp_path / "examples.jsonl", ["1", "2", "3"])
+    found = {}
+    for name in ("re-tuned", "tuned"):
+        out = tmp_path / f"{name}.safetensors"
+        assert pkt("attribute", "--model", parent / name, "--extract", examples, "--out", out)[0] == 0
+        scores = load_file(out)
+        sums = scores["ffn_scores.rms"].sum((0, 2)) + scores["attn_scores.rms.all_positions"].sum((0, 2))
+        found[name] = sums.tolist()
+    count = len(found["tuned"])
+    best = sorted(sorted(range(len(found["re-tuned"])), key=lambda layer: -found["re-tuned"][layer])[:count])
+    models = ("--source", parent / "re-base", "--target", parent / "base", "--texts", parent / "texts.jsonl")
+    given = ("--attribution", tmp_path / "re-tuned.safetensors", tmp_path / "tuned.safetensors")
+    command = ("correlate", *models, "--num-texts", 4, "--out", tmp_path / "sums", "--layer-pairs", "selected")
+    assert pkt(*command, *given)[0] == 0
+    pairs = json.loads((tmp_path / "sums/correlation.json").read_text())["pairs"]
+    assert pairs == [[layer, place] for place, layer in enumerate(best)]
+    assert "layer_pairs is selected, and --attribution is not given" in pkt(*command)[2]
+    assert "layer_pairs is cka, and --attribution is given" in pkt(*command[:-2], *given)[2]
+    swapped = ("--source", parent / "base", "--target", parent / "base", *models[4:])
+    status, _, err = pkt("correlate", *swapped, *command[7:], *given)
+    assert status == 2
+    assert best[-1] >= 2
+    assert f"layer {best[-1]} of the source is among the selected" in err
