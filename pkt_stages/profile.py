@@ -56,10 +56,22 @@ GROUPS: dict[str, Group] = {
     "transport_control": Group(
         "derive", "Controls", sources="transport_source", by_task=False, union="transported", runs_code=True
     ),
+    "filter": Group(
+        "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
+    "filter_control": Group(
+        "derive", "Controls", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
 }
 SOURCE_LISTS = tuple(dict.fromkeys(group.sources for group in GROUPS.values() if group.sources))
 UNIONS = tuple(dict.fromkeys(group.union for group in GROUPS.values() if group.union))
-CONTROLLED = {"control": ("align", "laten"), "transport_control": ("transport", "matched")}  # the row, by its group
+# What a group's stage works on, another group's row.
+WORKS_ON = {
+    "control": ("align", "laten"),
+    "transport_control": ("transport", "matched"),
+    "filter": ("transport", "theseus"),
+    "filter_control": ("transport_control", "control_random_transport"),
+}
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
 
@@ -253,12 +265,10 @@ def _check_lists(profile: Profile) -> None:
         its = GROUPS[method.group]
         if its.by_source and its.sources != "source" and not profile.sources[its.sources]:
             raise UserError(f"{path}: {its.sources}: expected at least one source; {method.name} is made from it")
-    for group, (controlled, row) in CONTROLLED.items():
+    for group, (controlled, row) in WORKS_ON.items():
         rows = profile.in_group(group)
         if rows and row not in [method.name for method in profile.in_group(controlled)]:
-            raise UserError(
-                f"{path}: made_by.{controlled}: {row!r} is missing; {rows[0].name} is a control of its delta"
-            )
+            raise UserError(f"{path}: made_by.{controlled}: {row!r} is missing; {rows[0].name} is made of its delta")
     for name, entry in profile.reexpressed.items():
         if set(entry) != {"of", "like", "how"} or not isinstance(entry["how"], dict) or not entry["how"]:
             raise UserError(

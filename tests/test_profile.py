@@ -104,7 +104,7 @@ def test_every_profile_reads(path: Path) -> None:
         (
             {"made_by": {"alining": {"laten": {}}}},
             "made_by.alining: no such group; expected any of oracle, transport, align, unaligned, grid, finetune,"
-            " finetune_seeking, finetune_answers, distill, control, transport_control",
+            " finetune_seeking, finetune_answers, distill, control, transport_control, filter, filter_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
@@ -232,6 +232,8 @@ def test_bad_profiles(tmp_path: Path, changes: dict[str, Any], message: str) -> 
     [
         ("control", "control_random_delta", "align: 'laten'"),
         ("transport_control", "control_random_transport", "transport: 'matched'"),
+        ("filter", "gradfix", "transport: 'theseus'"),
+        ("filter_control", "control_gradfix", "transport_control: 'control_random_transport'"),
     ],
 )
 def test_controls_need_the_row_that_they_control(tmp_path: Path, group: str, name: str, controlled: str) -> None:
@@ -242,7 +244,7 @@ def test_controls_need_the_row_that_they_control(tmp_path: Path, group: str, nam
     path = write_params(tmp_path, edit)
     with pytest.raises(UserError) as caught:
         read_profile(path)
-    assert str(caught.value) == f"{path}: made_by.{controlled} is missing; {name} is a control of its delta"
+    assert str(caught.value) == f"{path}: made_by.{controlled} is missing; {name} is made of its delta"
 
 
 def test_a_control_beside_the_row_that_it_controls(tmp_path: Path) -> None:

@@ -46,6 +46,49 @@ def polar(cross: Float[Tensor, "d_s d_t"], tolerance: float = TOLERANCE) -> Pola
     return Polar(u[:, kept] @ vh[kept], int(kept.sum()), len(values))
 
 
+def singular_map(
+    source: Float[Tensor, "out_s in_s"],
+    target: Float[Tensor, "out_t in_t"],
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> tuple[Polar, Polar]:
+    """From the i-th singular vectors of one weight to another's: U_s U_t^T and V_s V_t^T (Cross-LoRA, 2508.05232).
+
+    A pair of singular vectors has no sign of its own; here the right one's entries have cubes with a sum above 0.
+
+    Args:
+        rank: leading pairs that are taken; by default all that both have.
+        tolerance: singular values up to this share of a weight's largest are rounding.
+    """
+    sides, ranks = [], []
+    for weight in (source, target):
+        u, values, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        signs = torch.where(vh.pow(3).sum(1) < 0, -1.0, 1.0).double()
+        sides.append((u * signs, vh * signs[:, None]))
+        ranks.append(int((values > tolerance * values[0]).sum()))
+    full = min(len(vh) for _, vh in sides)
+    kept = min(*ranks, full if rank is None else rank)
+    (u_s, vh_s), (u_t, vh_t) = sides
+    return (
+        Polar(u_s[:, :kept] @ u_t[:, :kept].mT, kept, full),
+        Polar(vh_s[:kept].mT @ vh_t[:kept], kept, full),
+    )
+
+
+def masked(delta: Float[Tensor, "*shape"], descent: Float[Tensor, "*shape"], mode: str) -> Float[Tensor, "*shape"]:
+    """Of a change only what goes downhill (GradFix, 2510.09658).
+
+    Args:
+        descent: sign of minus the loss's gradient; 0 where there is none, which keeps nothing.
+        mode: `keep` drops entries of another sign; `force` gives all of them that sign.
+    """
+    if mode == "force":
+        return delta.abs() * descent
+    if mode == "keep":
+        return torch.where(delta.sign() == descent, delta, 0.0)
+    raise ValueError(f"mode must be keep or force, found {mode!r}")
+
+
 def centred(
     cross: Float[Tensor, "d_s d_t"], first: Float[Tensor, " d_s"], second: Float[Tensor, " d_t"], count: int
 ) -> Float64[Tensor, "d_s d_t"]:

@@ -21,6 +21,7 @@ class Inputs:
         submatrices: file of `pkt seek`.
         correlation: folder of `pkt correlate`.
         delta: another row.
+        examples: folder of examples, <task>/align.jsonl.
     """
 
     target: ModelRef | None = None
@@ -29,6 +30,7 @@ class Inputs:
     submatrices: Path | None = None
     correlation: Path | None = None
     delta: Changes | None = None
+    examples: Path | None = None
 
     def only(self, *names: str) -> tuple[Any, ...]:
         """These inputs in this order.

@@ -43,6 +43,7 @@ def derive(
     submatrices: Annotated[Path | None, typer.Option(help="From `pkt seek`.")] = None,
     correlation: Annotated[Path | None, typer.Option(help="Folder from `pkt correlate`.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Another row's folder, or a delta.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="Folder of examples: <task>/align.jsonl.")] = None,
 ) -> None:
     """Make a row without any training, by a file of pkt_stages/methods; it says what it takes."""
     from pkt_stages.models.changes import LIST, read_changes, write_changes
@@ -58,6 +59,7 @@ def derive(
         submatrices=submatrices,
         correlation=correlation,
         delta=read_changes(delta) if delta is not None else None,
+        examples=examples,
     )
     made = run(inputs, by)
     meta = {"command": "derive", "method": method, "target": made.target, "source": made.source, "params": by.facts()}

@@ -151,3 +151,43 @@ def test_order_preserving_pairs_are_the_best_of_all(num_source: int, num_target:
 
 def test_equal_layers_take_the_earliest() -> None:
     assert transport.order_preserving_pairs(torch.zeros(4, 2)) == [(0, 0), (1, 1)]
+
+
+def test_singular_map_of_equal_weights_is_the_projection() -> None:
+    """A change of a weight comes out as what of it lies between the weight's own leading singular vectors."""
+    weight, change = drawn(7, 5), drawn(7, 5, seed=1)
+    output, into = transport.singular_map(weight, weight, rank=3)
+    u, _, vh = torch.linalg.svd(weight)
+    expected = u[:, :3] @ u[:, :3].mT @ change @ vh[:3].mT @ vh[:3]
+    torch.testing.assert_close(output.map.mT @ change @ into.map, expected)
+    assert (output.rank, output.full_rank) == (3, 5)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_singular_map_knows_permuted_and_padded_units(padding: int) -> None:
+    weight, change = drawn(9, 6), drawn(9, 6, seed=1)
+    rows = torch.randperm(9 + padding, generator=torch.Generator().manual_seed(2))
+    columns = torch.randperm(6 + padding, generator=torch.Generator().manual_seed(3))
+
+    def elsewhere(matrix: Tensor) -> Tensor:
+        return torch.nn.functional.pad(matrix, (0, padding, 0, padding))[rows][:, columns]
+
+    output, into = transport.singular_map(elsewhere(weight), weight)
+    own = weight @ torch.linalg.pinv(weight)  # what its 6 columns span of its 9 rows
+    torch.testing.assert_close(output.map.mT @ elsewhere(change) @ into.map, own @ change)
+    assert output.rank == 6
+
+
+def test_masks_are_gradfix() -> None:
+    """The authors' own results (golden/transport/J_gradfix.json), at 1e-12; nothing is kept where there is no sign."""
+    recorded = load_file(GOLDEN / "J_gradfix.safetensors")
+    for name in ("w", "b"):
+        delta, descent = recorded[f"mask.delta.{name}"], recorded[f"mask.signs.{name}"]
+        assert torch.equal(descent, -recorded[f"mask.grad.{name}"].sign())
+        for mode, theirs in (("keep", "normal"), ("force", "force")):
+            found = transport.masked(delta, descent, mode)
+            torch.testing.assert_close(found, recorded[f"mask.{theirs}.{name}"], rtol=0, atol=1e-12)
+            torch.testing.assert_close(found, recorded[f"own.{theirs}.signs.{name}"], rtol=0, atol=1e-12)
+        assert not transport.masked(delta, torch.zeros_like(delta), "keep").any()
+    with pytest.raises(ValueError, match="mode must be keep or force, found 'soft'"):
+        transport.masked(delta, descent, "soft")

@@ -315,3 +315,91 @@ def test_selected_layers(pkt: Run, parent: Path, tmp_path: Path) -> None:
     assert status == 2
     assert best[-1] >= 2
     assert f"layer {best[-1]} of the source is among the selected" in err
+
+
+def test_cross_lora_finds_permuted_units(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """Without a text: exact on a copy with all units in other places, but for what a weight does not span."""
+    for name in ("base", "tuned"):
+        out = tmp_path / f"moved-{name}"
+        assert pkt("reexpress", "--model", parent / name, "--out", out, "--no-rotate")[0] == 0
+    models = ("--source", tmp_path / "moved-base", "--target", parent / "base", "--texts", parent / "texts.jsonl")
+    assert pkt("correlate", *models, "--num-texts", 4, "--out", tmp_path / "sums-moved-base")[0] == 0
+    (tmp_path / "base").symlink_to(parent / "base")
+    assert derive(pkt, tmp_path, "cross_lora", "moved-", tmp_path / "row")[0] == 0
+    found, wanted = change(tmp_path / "row"), own(pkt, parent, tmp_path / "own", vocabulary="false")
+    base = load_file(parent / "base/model.safetensors")
+    for name, weight in found.items():
+        if name.endswith("bias"):
+            continue
+        module = name.removesuffix(".weight")
+        norm = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}[module.split(".")[3]]
+        reads = not module.endswith(("o_proj", "down_proj"))
+        gain = base[f"{'.'.join(module.split('.')[:3])}.{norm}.weight"].double() if reads else 1.0
+        folded = base[name].double() * gain
+        u, _, vh = torch.linalg.svd(folded, full_matrices=False)
+        expected = u @ u.mT @ (wanted[name].double() * gain) @ vh.mT @ vh / gain
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """Align examples of two tasks, three and one."""
+    from tests.stages.test_parallel import write_examples
+
+    for task, ids in (("gsm8k", ["1", "2", "3"]), ("mmlu", ["4"])):
+        (tmp_path / "examples" / task).mkdir(parents=True)
+        write_examples(tmp_path / "examples" / task / "align.jsonl", ids)
+    return tmp_path / "examples"
+
+
+@pytest.mark.parametrize("signs", ["mean", "majority"])
+def test_gradfix_keeps_what_goes_downhill(pkt: Run, parent: Path, tmp_path: Path, asked: Path, signs: str) -> None:
+    from pkt_stages.encoding import encode
+    from pkt_stages.examples import read_examples
+    from pkt_stages.models.load import load_model, load_tokenizer, resolve
+
+    assert derive(pkt, parent, "matched", "turned-", tmp_path / "row")[0] == 0
+    given = ("--target", parent / "base", "--delta", tmp_path / "row", "--examples", asked)
+    command = ("derive", "--code", "gradfix", *given, "--set=template=none", f"--set=signs={signs}")
+    assert pkt(*command, "--out", tmp_path / "kept")[0] == 0
+    assert pkt(*command, "--set=mode=force", "--out", tmp_path / "forced")[0] == 0
+    ref = resolve(str(parent / "base"))
+    model = load_model(ref, dtype="float32").requires_grad_(True)
+    before, kept, forced = (change(tmp_path / name) for name in ("row", "kept", "forced"))
+    total = {name: torch.zeros_like(weight) for name, weight in before.items()}
+    for task, count in (("gsm8k", 3), ("mmlu", 1)):
+        for example in read_examples(asked / task / "align.jsonl"):
+            one = encode(load_tokenizer(ref), example, template="none", max_length=2048)
+            model.zero_grad()
+            labels = torch.tensor([one.labels])
+            model(input_ids=torch.tensor([one.ids]), labels=labels).loss.backward()
+            for name, parameter in model.named_parameters():
+                if name in total and parameter.grad is not None:
+                    total[name] += parameter.grad.sign() if signs == "majority" else parameter.grad / count
+    assert kept.keys() == forced.keys() == before.keys()
+    sure = 0
+    for name, delta in before.items():
+        plain = total[name].abs() > 1e-6
+        sure += int(plain.sum())
+        downhill = -total[name].sign()
+        torch.testing.assert_close(kept[name][plain], torch.where(delta.sign() == downhill, delta, 0.0)[plain])
+        torch.testing.assert_close(forced[name][plain], (delta.abs() * downhill)[plain])
+    assert sure > 1000
+    facts = json.loads((tmp_path / "kept/changes.json").read_text())
+    assert 0 < facts["kept"]["delta"] < 1
+    assert facts["examples"] == {"gsm8k": 3, "mmlu": 1}
+    again = tmp_path / "again"
+    assert pkt(*command, "--out", again)[0] == 0
+    assert (again / "delta_0.safetensors").read_bytes() == (tmp_path / "kept/delta_0.safetensors").read_bytes()
+
+
+def test_gradfix_refuses_what_is_no_transport(pkt: Run, parent: Path, tmp_path: Path, asked: Path) -> None:
+    assert derive(pkt, parent, "matched", "turned-", tmp_path / "row")[0] == 0
+    given = ("--target", parent / "base", "--delta", tmp_path / "row")
+    _, _, err = pkt("derive", "--code", "gradfix", *given, "--out", tmp_path / "kept")
+    assert "the method takes --target and --delta and --examples, nothing else; found --target and --delta" in err
+    _, _, err = pkt("derive", "--code", "gradfix", *given, "--examples", tmp_path, "--out", tmp_path / "kept")
+    assert f"{tmp_path}: no <task>/align.jsonl below it" in err
+    other = ("--target", parent / "tuned", "--delta", tmp_path / "row", "--examples", asked)
+    assert "made for the target base" in pkt("derive", "--code", "gradfix", *other, "--out", tmp_path / "kept")[2]
+    assert not (tmp_path / "kept").exists()
