@@ -75,6 +75,13 @@ def singular_map(
     )
 
 
+def ridge(gram: Float[Tensor, "n n"], cross: Float[Tensor, "n d"], penalty: float) -> Float64[Tensor, "n d"]:
+    """(H^T H + l I)^-1 H^T Y from the products, l being `penalty` times the mean of H^T H's diagonal."""
+    shift = penalty * gram.double().diagonal().mean()
+    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    return torch.linalg.solve(gram.double() + shift * identity, cross.double())
+
+
 def masked(delta: Float[Tensor, "*shape"], descent: Float[Tensor, "*shape"], mode: str) -> Float[Tensor, "*shape"]:
     """Of a change only what goes downhill (GradFix, 2510.09658).
 

@@ -48,8 +48,8 @@ def block_similarity(models: Sequence[Any], batches: Sequence[Sequence[list[int]
     for batch in track(batches, "minibatches for the layers' similarity"):
         grams = []
         for model in models:
-            with _kept(model, _added_by_layers(model)) as kept:
-                mask = _run(model, batch)
+            with activations(model, _added_by_layers(model)) as kept:
+                mask = forward(model, batch)
             try:
                 added = [centred_gram((after - before)[mask].float()) for before, after in kept.values()]
             except ValueError as error:
@@ -91,8 +91,8 @@ def correlate(
         kept = []
         for side, model in enumerate(models):
             layers = sorted({pair[side] for pair in pairs})
-            with _kept(model, _inputs(model, layers)) as inputs:
-                mask = _run(model, batch)
+            with activations(model, _inputs(model, layers)) as inputs:
+                mask = forward(model, batch)
             kept.append({name: value[0][mask].double() for name, value in inputs.items()})
         for pair in (*pairs, None):
             for name in INPUTS if pair is not None else (FINAL,):
@@ -125,8 +125,8 @@ def _add(into: dict[str, Sums], name: str, a: Tensor, b: Tensor, heads: list[int
             total += part
 
 
-def _run(model: Any, batch: Sequence[list[int]]) -> Tensor:
-    """One forward pass; which places of the padded batch are tokens, [text, token]."""
+def forward(model: Any, batch: Sequence[list[int]]) -> Tensor:
+    """One forward pass, padded on the right; which places of the padded batch are tokens, [text, token]."""
     ids, mask = padded(batch, 0).to(home(model)), padding_mask(batch).to(home(model))
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return mask.bool()
@@ -149,8 +149,12 @@ def _added_by_layers(model: Any) -> Iterator[tuple[Place, Any, bool]]:
 
 
 @contextmanager
-def _kept(model: Any, places: Iterator[tuple[Place, Any, bool]]) -> Iterator[dict[Place, list[Tensor]]]:
-    """Within the context the modules' inputs, or outputs where the flag says so, are kept in order by place."""
+def activations(model: Any, places: Iterator[tuple[Place, Any, bool]]) -> Iterator[dict[Place, list[Tensor]]]:
+    """Within the context the modules' inputs, or outputs where the flag says so, are kept in order by place.
+
+    Args:
+        places: what to keep an activation under, the module, and whether its output is meant.
+    """
     kept: dict[Place, list[Tensor]] = {}
 
     def before(place: Place) -> Any:

@@ -22,6 +22,8 @@ class Inputs:
         correlation: folder of `pkt correlate`.
         delta: another row.
         examples: folder of examples, <task>/align.jsonl.
+        texts: from `pkt texts`.
+        device: what models run on, if the method runs any.
     """
 
     target: ModelRef | None = None
@@ -31,6 +33,8 @@ class Inputs:
     correlation: Path | None = None
     delta: Changes | None = None
     examples: Path | None = None
+    texts: Path | None = None
+    device: str = "cpu"
 
     def only(self, *names: str) -> tuple[Any, ...]:
         """These inputs in this order.
@@ -38,7 +42,7 @@ class Inputs:
         Raises:
             UserError: one is missing, or there is another.
         """
-        given = [name for name, value in vars(self).items() if value is not None]
+        given = [name for name, value in vars(self).items() if name != "device" and value is not None]
         if set(given) != set(names):
             wanted, found = (" and ".join(f"--{name}" for name in some) for some in (names, given))
             raise UserError(f"the method takes {wanted}, nothing else; found {found or 'none'}")

@@ -48,3 +48,16 @@ def check_equal_lengths(encoded: Sequence[Sequence[list[int]]], path: Path, refs
                 f"{path}: text {number} has {len(one)} tokens for {refs[0].location} and {len(other)} for"
                 f" {refs[1].location}; where tokens are samples they must be the same; use reduction mean or last"
             )
+
+
+def same_tokens(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: int | None) -> list[list[int]]:
+    """Token ids of the first texts of a file, which are the same for all models.
+
+    Raises:
+        UserError: as `read_texts` and `encode_texts`; tokenizers that divide a text differently.
+    """
+    raw = read_texts(path, count)
+    ids = [encode_texts(ref, raw, path, max_tokens) for ref in refs]
+    if any(other != ids[0] for other in ids[1:]):
+        raise UserError(f"{path}: the models' tokenizers divide them differently; transport needs equal tokens")
+    return ids[0]

@@ -141,7 +141,7 @@ def correlate(
     """Sum up what two models compute on the same texts, layer pair by layer pair: the ground of every transport."""
     from pkt_stages.models.correlation import LIST, write_pair
     from pkt_stages.models.load import identity, load_model, resolve
-    from pkt_stages.models.texts import encode_texts, read_texts
+    from pkt_stages.models.texts import same_tokens
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, LIST)
@@ -153,21 +153,18 @@ def correlate(
     refs = [resolve(source), resolve(target)]
     chosen = selected_pairs(attribution) if attribution is not None else None
     _check_layers(chosen, refs)
-    raw = read_texts(texts, params.num_texts)
-    ids = [encode_texts(ref, raw, texts, params.max_tokens) for ref in refs]
-    if ids[0] != ids[1]:
-        raise UserError(f"{texts}: the two models' tokenizers divide them differently; transport needs equal tokens")
+    ids = same_tokens(refs, texts, params.num_texts, params.max_tokens)
     models = [load_model(ref, dtype=params.dtype, device=device) for ref in refs]
-    batches = [ids[0][start : start + params.batch_size] for start in range(0, len(ids[0]), params.batch_size)]
+    batches = [ids[start : start + params.batch_size] for start in range(0, len(ids), params.batch_size)]
     pairs, similarity = layer_pairs(models, batches, params.layer_pairs, chosen)
-    num_tokens = sum(map(len, ids[0]))
+    num_tokens = sum(map(len, ids))
     meta: dict[str, Any] = {
         "source": identity(refs[0]),
         "target": identity(refs[1]),
         "params": asdict(params),
         "pairs": pairs,
         "similarity": similarity.tolist(),
-        "num_texts": len(ids[0]),
+        "num_texts": len(ids),
         "num_tokens": num_tokens,
     }
     with artifacts.replaced_folder(out, LIST) as folder:

@@ -14,7 +14,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.methods import Method
-from pkt_stages.options import MethodName, Stopwatch, with_method
+from pkt_stages.options import Device, MethodName, Stopwatch, with_method
 
 if TYPE_CHECKING:
     from pkt_stages.models.derivation import Derived, Inputs
@@ -44,14 +44,17 @@ def derive(
     correlation: Annotated[Path | None, typer.Option(help="Folder from `pkt correlate`.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Another row's folder, or a delta.")] = None,
     examples: Annotated[Path | None, typer.Option(help="Folder of examples: <task>/align.jsonl.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts (.jsonl) from `pkt texts`.")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Make a row without any training, by a file of pkt_stages/methods; it says what it takes."""
     from pkt_stages.models.changes import LIST, read_changes, write_changes
     from pkt_stages.models.derivation import Inputs
-    from pkt_stages.models.load import resolve
+    from pkt_stages.models.load import check_device, resolve
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, LIST)
+    check_device(device)
     inputs = Inputs(
         target=resolve(target) if target is not None else None,
         source=resolve(source) if source is not None else None,
@@ -60,6 +63,8 @@ def derive(
         correlation=correlation,
         delta=read_changes(delta) if delta is not None else None,
         examples=examples,
+        texts=texts,
+        device=device,
     )
     made = run(inputs, by)
     meta = {"command": "derive", "method": method, "target": made.target, "source": made.source, "params": by.facts()}

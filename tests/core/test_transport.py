@@ -191,3 +191,16 @@ def test_masks_are_gradfix() -> None:
         assert not transport.masked(delta, torch.zeros_like(delta), "keep").any()
     with pytest.raises(ValueError, match="mode must be keep or force, found 'soft'"):
         transport.masked(delta, descent, "soft")
+
+
+@pytest.mark.parametrize("case", ["wide", "narrow", "fewrows"])
+def test_stream_maps_and_regression_are_ariadnes(case: str) -> None:
+    """The authors' own numbers (golden/transport/J_ariadne.json), at 1e-9, in the form for projections without bias."""
+    recorded = load_file(GOLDEN / "J_ariadne.safetensors")
+    s0, s1, t0, h = (recorded[f"{case}.{name}"] for name in ("S0", "S1", "T0", "H"))
+    turn = transport.polar(transport.centred(s0.mT @ t0, s0.sum(0), t0.sum(0), len(s0)))
+    torch.testing.assert_close(turn.map, recorded[f"{case}.Q"], rtol=0, atol=1e-9)
+    torch.testing.assert_close((s1 - s0) @ turn.map, recorded[f"{case}.D_delta"], rtol=0, atol=1e-9)
+    weight = transport.ridge(h.mT @ h, h.mT @ (s1 - s0) @ turn.map, 0.01).mT
+    expected = recorded[f"{case}.delta.fixed_relative.noncentred.dW"]
+    torch.testing.assert_close(weight, expected, rtol=0, atol=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import string
 import sys
 from collections.abc import Callable
@@ -285,7 +286,7 @@ def test_tokenizers_must_divide_texts_alike(pkt: Run, parent: Path, tmp_path: Pa
     given = ("--source", other, "--target", parent / "base", "--texts", tmp_path / "t.jsonl", "--num-texts", 1)
     status, _, err = pkt("correlate", *given, "--out", tmp_path / "sums")
     assert status == 2
-    assert "the two models' tokenizers divide them differently; transport needs equal tokens" in err
+    assert "the models' tokenizers divide them differently; transport needs equal tokens" in err
 
 
 def test_selected_layers(pkt: Run, parent: Path, tmp_path: Path) -> None:
@@ -403,3 +404,81 @@ def test_gradfix_refuses_what_is_no_transport(pkt: Run, parent: Path, tmp_path: 
     other = ("--target", parent / "tuned", "--delta", tmp_path / "row", "--examples", asked)
     assert "made for the target base" in pkt("derive", "--code", "gradfix", *other, "--out", tmp_path / "kept")[2]
     assert not (tmp_path / "kept").exists()
+
+
+def ariadne(pkt: Run, base: Path, tuned: Path, parent: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
+    """The change for the target `base` from a source that is itself, trained to `tuned`."""
+    sums = parent / "sums-base"
+    given = [f"--set={name}={value}" for name, value in {"num_texts": 24, **settings}.items()]
+    models = ("--target", base, "--source", tuned, "--base", base, "--correlation", sums)
+    more = ("--texts", parent / "texts.jsonl", "--out", out)
+    status, _, err = pkt("derive", "--code", "ariadne", *models, *more, *given)
+    assert status == 0, err
+    return change(out)
+
+
+def with_changed(parent: Path, folder: Path, part: str) -> Path:
+    """The base model with the training of those weights alone whose name holds `part`."""
+    shutil.copytree(parent / "base", folder)
+    before, after = (load_file(parent / name / "model.safetensors") for name in ("base", "tuned"))
+    weights = {name: after[name] if part in name else weight for name, weight in before.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("incremental", ["false", "true"])
+def test_ariadne_is_exact_for_the_last_down_projection(
+    pkt: Run, parent: Path, tmp_path: Path, incremental: str
+) -> None:
+    tuned = with_changed(parent, tmp_path / "tuned", "layers.1.mlp.down_proj.weight")
+    settings = {"penalty": 1e-9, "incremental": incremental}
+    found = ariadne(pkt, parent / "base", tuned, parent, tmp_path / "row", **settings)
+    before, after = (load_file(folder / "model.safetensors") for folder in (parent / "base", tuned))
+    assert sorted(found) == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, after[name] - before[name], rtol=0, atol=2e-5)
+
+
+def test_ariadne_by_brute_force(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """Every token at once, float64, from a source that is the target itself, so that nothing turns."""
+    from pkt_stages.models.load import load_model, resolve
+    from pkt_stages.models.texts import same_tokens
+
+    refs = [resolve(str(parent / name)) for name in ("base", "tuned")]
+    names = ("out0", "out1", "ffn0", "ffn1")
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: list[list[Tensor]] = []
+    for ref in refs:
+        model = load_model(ref, dtype="float32")
+        for n, layer in enumerate(model.model.layers):
+            layer.register_forward_hook(lambda _m, _i, o, name=f"out{n}": kept[name].append(o[0]))
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _m, i, name=f"ffn{n}": kept[name].append(i[0][0]))
+        for ids in same_tokens(refs, parent / "texts.jsonl", 24, 512):
+            model(input_ids=torch.tensor([ids]))
+        seen.append([torch.cat(kept[name]).double() for name in names])
+        for found in kept.values():
+            found.clear()
+    (s0, s1, h0, h1), (t0, t1, _, _) = seen
+
+    def fitted(h: Tensor, wanted: Tensor) -> Tensor:
+        gram = h.mT @ h
+        return torch.linalg.solve(gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram)), h.mT @ wanted).mT
+
+    first, second = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+    models = (parent / "base", parent / "tuned", parent)
+    whole = ariadne(pkt, *models, tmp_path / "whole")
+    step = ariadne(pkt, *models, tmp_path / "step", incremental="true")
+    few = ariadne(pkt, *models, tmp_path / "few", incremental="true", pairs_at_once=1)
+    for row, last in ((whole, t1 - s1), (step, (t1 - s1) - (t0 - s0)), (few, (t1 - s1) - (t0 - s0))):
+        torch.testing.assert_close(row[first].double(), fitted(h0, t0 - s0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row[second].double(), fitted(h1, last), rtol=1e-4, atol=1e-5)
+
+
+def test_ariadne_with_random_turns_is_a_control(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    drawn = {"maps": "random", "seeds": "[0,1]"}
+    first = ariadne(pkt, parent / "base", parent / "tuned", parent, tmp_path / "row", **drawn)
+    second = change(tmp_path / "row", 1)
+    fitted = ariadne(pkt, parent / "base", parent / "tuned", parent, tmp_path / "fitted")
+    assert first.keys() == second.keys() == fitted.keys()
+    assert not any(torch.allclose(first[name], second[name], rtol=0.1) for name in first)
+    assert not any(torch.allclose(first[name], fitted[name], rtol=0.1) for name in first)
