@@ -45,9 +45,6 @@ GROUPS: dict[str, Group] = {
     "transport": Group(
         "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
     ),
-    "transport_texts": Group(
-        "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
-    ),
     "align": Group("align", "PrePKT", union="aligned", runs_code=True),
     "unaligned": Group("derive", "PrePKT", sources="seek_source", union="sought", runs_code=True),
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,16 @@ class Inputs:
     texts: Path | None = None
     device: str = "cpu"
 
-    def only(self, *names: str) -> tuple[Any, ...]:
+    def only(self, *names: str, spare: Sequence[str] = ()) -> tuple[Any, ...]:
         """These inputs in this order.
+
+        Args:
+            spare: what may be given and is not needed.
 
         Raises:
             UserError: one is missing, or there is another.
         """
-        given = [name for name, value in vars(self).items() if name != "device" and value is not None]
+        given = [name for name, value in vars(self).items() if name not in ("device", *spare) and value is not None]
         if set(given) != set(names):
             wanted, found = (" and ".join(f"--{name}" for name in some) for some in (names, given))
             raise UserError(f"the method takes {wanted}, nothing else; found {found or 'none'}")

@@ -159,7 +159,8 @@ def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw
         UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
             correlation or differ in shape; a vocabulary that cannot be carried over; or as `fit`.
     """
-    target, source, base, folder = inputs.only("target", "source", "base", "correlation")
+    # One stage serves all transports, those that need the texts themselves, too.
+    target, source, base, folder = inputs.only("target", "source", "base", "correlation", spare=["texts"])
     models, found = opened(target, source, base, fold=fold), Correlation(folder)
     of_target, of_source, of_base = (identity(model.ref) for model in (models.target, models.tuned, models.base))
     found.check(of_base, of_target)
