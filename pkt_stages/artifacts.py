@@ -114,7 +114,8 @@ SUBMATRICES = Kind(
         "layers": _spec("int64", "target_layer"),
         "layer_sensitivity": _spec("float64", "source_layer"),
         "{weight}.corner": _spec("int64", "submatrices_{weight}", "row_and_column"),
-        "{weight}.submatrix.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
+        # Blocks are `submatrix`, the densest, and those of more_blocks.
+        "{weight}.{block}.{layer}": _spec(FLOATS, "out_{weight}", "in_{weight}"),
     },
 )
 # Linear CKA between the outputs of a site's projection, every layer of one model with every layer of another.

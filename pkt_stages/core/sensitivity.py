@@ -27,6 +27,22 @@ def _windows(values: Float[Tensor, "n m"], length: int) -> Float[Tensor, "window
     return table[length:] - table[:-length]
 
 
+def evenly_spaced(count: int, among: int) -> Int64[Tensor, " count"]:
+    """Which of `among` a smaller dimension of `count` takes (weight selection, 2311.18823).
+
+    Multiples of the ratio if it is a whole number, so that the last one is not reached; else evenly from the first to
+    the last, rounded half to even after float32 arithmetic, as published.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if count > among:
+        raise ValueError(f"{count} wanted, there are {among}")
+    if among % count == 0:
+        return torch.arange(count) * (among // count)
+    return torch.linspace(0, among - 1, count).round().long()
+
+
 def top_layers(sensitivity: Float[Tensor, " source_layer"], count: int) -> Int64[Tensor, " count"]:
     """The `count` most sensitive layers in depth order; of equal ones the earlier.
 

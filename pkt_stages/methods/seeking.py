@@ -17,6 +17,7 @@ from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.load import identity
+from pkt_stages.models.recipe import Block
 from pkt_stages.models.sites import module_name
 from pkt_stages.models.submatrices import read_submatrices
 from pkt_stages.params import option
@@ -26,6 +27,9 @@ from pkt_stages.params import option
 class Params:
     """Settings of the method."""
 
+    block: Block = option(
+        "sensitive", "Part of the source's weights: sensitive; for controls random or uniform (seek.more_blocks)."
+    )
     rank: int | None = option(16, "Keep so many singular values (an adapter); None: the whole matrices.", ge=1)
 
 
@@ -39,7 +43,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     target, submatrices = inputs.only("target", "submatrices")
     found = artifacts.load(submatrices, artifacts.SUBMATRICES)
     model = identity(target)
-    values = read_submatrices(found, model, target.location)
+    values = read_submatrices(found, model, target.location, params.block)
     if params.rank is None:
         weights = {f"{module}.weight": value.float() for module, value in values.items()}
         return Derived({"delta": DenseDelta(weights)}, model, found.meta["source"]["model"])

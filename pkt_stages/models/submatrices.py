@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pkt_stages.artifacts import Artifact
-from pkt_stages.core.sensitivity import submatrix_sums
+from pkt_stages.core.sensitivity import evenly_spaced, submatrix_sums
 from pkt_stages.errors import UserError
+from pkt_stages.models.recipe import Block
 from pkt_stages.models.sites import Geometry, module_name
 from pkt_stages.progress import track
 
@@ -60,6 +63,25 @@ def densest(
     return found
 
 
+def other_block(
+    block: str, part: Submatrix, shape: Sequence[int], size: tuple[int, int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a source's weight that stand beside the densest sub-matrix as a control.
+
+    Args:
+        block: `random`, a contiguous one at a random place; `uniform`, evenly spaced rows and columns.
+        part: the densest, which says whose weight it is.
+        shape: of the source's weight; `size`: of the target's.
+        seed: of the place, another one for every weight.
+    """
+    if block == "uniform":
+        return evenly_spaced(size[0], shape[0]), evenly_spaced(size[1], shape[1])
+    digest = hashlib.sha256(f"{seed}|{part.name}|{part.layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    row, column = (int(torch.randint(n - m + 1, (), generator=generator)) for n, m in zip(shape, size, strict=True))
+    return torch.arange(row, row + size[0]), torch.arange(column, column + size[1])
+
+
 def check_sizes(source: Geometry, target: Geometry, weights: Sequence[str]) -> None:
     """Raise UserError unless every weight of the target fits into the source's."""
     if source.num_layers < target.num_layers:
@@ -77,11 +99,13 @@ def check_sizes(source: Geometry, target: Geometry, weights: Sequence[str]) -> N
             )
 
 
-def read_submatrices(found: Artifact, target: Mapping[str, Any], model: str) -> dict[str, Tensor]:
+def read_submatrices(
+    found: Artifact, target: Mapping[str, Any], model: str, block: Block = "sensitive"
+) -> dict[str, Tensor]:
     """The tensors of a `submatrices` artifact by the module of the target that they belong to.
 
     Raises:
-        UserError: they were made for another target.
+        UserError: they were made for another target, or hold no such blocks.
     """
     made_for = found.meta.get("target", {}).get("model", {})
     if any(made_for.get(key) != target[key] for key in ("name", "revision")):
@@ -89,8 +113,11 @@ def read_submatrices(found: Artifact, target: Mapping[str, Any], model: str) -> 
             f"{found.path}: made for the target {made_for.get('name')} at {made_for.get('revision')},"
             f" found {model} at {target['revision']}; run `pkt seek` for this target"
         )
+    kind = "submatrix" if block == "sensitive" else block
     submatrices = {}
     for name in found.shapes:
-        if (match := re.fullmatch(r"(\w+)\.submatrix\.(\d+)", name)) is not None:
+        if (match := re.fullmatch(rf"(\w+)\.{kind}\.(\d+)", name)) is not None:
             submatrices[module_name(match[1], int(match[2]))] = found[name]
+    if not submatrices:
+        raise UserError(f"{found.path}: holds no {block} blocks; run `pkt seek` with more_blocks: [{block}]")
     return submatrices

@@ -17,7 +17,7 @@ from pkt_stages import artifacts
 from pkt_stages.encoding import Labels
 from pkt_stages.errors import UserError
 from pkt_stages.examples import training_file
-from pkt_stages.models.recipe import Init, TrainingParams
+from pkt_stages.models.recipe import Block, Init, TrainingParams
 from pkt_stages.options import (
     SCRATCH,
     Device,
@@ -45,6 +45,9 @@ class FinetuneParams(TrainingParams):
     """Settings of the training."""
 
     init: Init = option("random", "What LoRA starts from: random, pissa or seeking.")
+    block: Block = option(
+        "sensitive", "Of init seeking, the part of the source's weights: sensitive, or another of seek.more_blocks."
+    )
     labels: Labels = option("answer", "Tokens that training supervises: answer, all or reference_code.")
 
 
@@ -108,7 +111,8 @@ def finetune(
     identity, source, values = load.identity(ref), None, {}
     if submatrices is not None:
         found = artifacts.load(submatrices, artifacts.SUBMATRICES)
-        values, source = read_submatrices(found, identity, target), found.meta.get("source", {}).get("model")
+        values = read_submatrices(found, identity, target, params.block)
+        source = found.meta.get("source", {}).get("model")
     path = training_file(params.train_set, train, align)
     examples = train_set.read_train(load.load_tokenizer(ref), path, params, params.labels)
     job = training.Job("finetune", method, params, identity, source, examples, [submatrices] if submatrices else [])

@@ -37,6 +37,10 @@ class SeekParams(EncodingParams):
     )
     labels: Labels = option("answer", "Tokens whose loss counts: answer, all or reference_code.")
     dtype: DType = option("auto", "The source's dtype; auto: stored.")
+    more_blocks: tuple[Literal["random", "uniform"], ...] = option(
+        (), "Other parts of the same weights to keep, for controls: random placements, uniform (weight selection)."
+    )
+    seed: int = option(0, "Seed of random placements.")
 
 
 def run(sums: Sensitivity, weights: Sequence[str], target: Geometry) -> tuple[Tensor, list[Submatrix]]:
@@ -72,7 +76,7 @@ def seek(
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.sensitivity import resumed
     from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, geometry, module_name
-    from pkt_stages.models.submatrices import check_sizes
+    from pkt_stages.models.submatrices import check_sizes, other_block
 
     watch = Stopwatch()
     refs = {"source": load.resolve(source), "target": load.resolve(target)}
@@ -108,6 +112,9 @@ def seek(
         (row, column), (height, width) = part.corner, sizes["target"].weight_shape(part.weight)
         values = checkpoint.weight(part.name)[row : row + height, column : column + width]
         tensors[f"{part.weight}.submatrix.{part.layer}"] = values
+        for block in params.more_blocks:
+            rows, columns = other_block(block, part, checkpoint.weight(part.name).shape, (height, width), params.seed)
+            tensors[f"{part.weight}.{block}.{part.layer}"] = checkpoint.weight(part.name)[rows][:, columns]
     for weight in weights:
         tensors[f"{weight}.corner"] = torch.tensor([part.corner for part in found if part.weight == weight])
     facts: dict[str, Any] = {"examples": [id for id, _ in encoded], "params": asdict(params), **models}
