@@ -1,9 +1,25 @@
-"""The one exception type whose message is meant for the user, and how text from files is shown."""
+"""The one exception type whose message is meant for the user, and how text and values from files are shown."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+SHOWN = 200  # characters of a value from a file
 
 
 def printable(text: str) -> str:
     """One line of text: a line break or a terminal's control characters are shown, not obeyed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value from a file for a message, cut short: a few aliases in YAML can stand for billions of entries."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxstring = short.maxother = short.maxlong = 80
+    text = short.repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 class UserError(Exception):

@@ -24,14 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
+from pkt_stages.params import build, read_yaml
 
 POINTER = "hub.yaml"
 # transformers' own words would send the user to options that this project does not have.
 PLAIN_WORDS = {
-    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
     "trust_remote_code": "it asks for code of its own, which is never run",
 }
 T = TypeVar("T")
@@ -60,12 +58,9 @@ def read_pointer(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no readable mapping.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping, found {content!r}")
+        raise UserError(f"{path}: expected a mapping, found {shown(content)}")
     return content
 
 
@@ -87,27 +82,46 @@ def read_model_pointer(path: Path) -> ModelPointer:
     """The model that a `hub.yaml` points to.
 
     Raises:
-        UserError: no repository or revision, a key too many, or sizes that are no mapping.
+        UserError: no repository or revision, a key too many, sizes that are no mapping, or a repository that is no
+            name on the hub.
     """
     content = read_pointer(path)
     needed = {"repo", "revision"}
     texts = all(isinstance(content.get(name), str) and content[name] for name in needed)
     sizes = content.get("sizes", {})
     if not texts or set(content) - {*needed, "sizes"}:
-        raise UserError(f"{path}: expected the keys repo and revision with a text each, found {content!r}")
+        raise UserError(f"{path}: expected the keys repo and revision with a text each, found {shown(content)}")
     if not isinstance(sizes, dict):
-        raise UserError(f"{path}: sizes: expected a mapping, found {sizes!r}")
-    return ModelPointer(content["repo"], content["revision"], sizes)
+        raise UserError(f"{path}: sizes: expected a mapping, found {shown(sizes)}")
+    return ModelPointer(_checked_name(path, content["repo"]), content["revision"], sizes)
 
 
 def read_data_pointer(path: Path, pool: str) -> Split:
-    """Where one pool (`train`, `test` or `texts`) of a data folder comes from."""
-    from pkt_stages.params import build
+    """Where one pool (`train`, `test` or `texts`) of a data folder comes from.
 
+    Raises:
+        UserError: no such pool, settings that are missing or unknown, or a repository that is no name on the hub.
+    """
     content = read_pointer(path)
     if not isinstance(content.get(pool), dict):
-        raise UserError(f"{path}: expected a mapping `{pool}` with repo, split and revision, found {content!r}")
-    return build(Split, content[pool], f"{path}: {pool}")
+        raise UserError(f"{path}: expected a mapping `{pool}` with repo, split and revision, found {shown(content)}")
+    found = build(Split, content[pool], f"{path}: {pool}")
+    _checked_name(path, found.repo)
+    return found
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether a text has the form of a repository's name on the hub, `owner/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is not None
+
+
+def _checked_name(pointer: Path, repo: str) -> str:
+    """The name; UserError if the hub's libraries would take it for something else, such as a folder of this machine."""
+    if not is_repo_name(repo):
+        raise UserError(f"{pointer}: repo: expected a name on the hub, owner/name, found {shown(repo)}")
+    if Path(repo).exists():
+        raise UserError(f"{pointer}: repo: {repo} is a folder here, which would be taken for it; rename the folder")
+    return repo
 
 
 def is_pinned(revision: str | None) -> bool:

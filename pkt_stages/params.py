@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -18,10 +17,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 
 Params = TypeVar("Params")
 
+MAX_NODES = 1_000_000  # of a YAML text with its aliases written out; the largest params file here has some thousands
 _BOUNDS = {
     "ge": (operator.ge, "at least"),
     "gt": (operator.gt, "above"),
@@ -88,15 +88,58 @@ def read_params(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or no readable mapping.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such params file") from None
-    except Exception as error:  # beside its own errors PyYAML raises whatever a wrong value leads to
-        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such params file")
+    content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of params, found {_shown(content)}")
+        raise UserError(f"{path}: expected a mapping of params, found {shown(content)}")
     return content
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, whoever wrote it.
+
+    Raises:
+        UserError: no regular file, not readable, or aliases that stand for more than `MAX_NODES` values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, or none with a content (a pipe, a device)")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except Exception as error:  # beside its own errors PyYAML raises whatever a wrong value leads to
+        raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())[:300]})") from None
+
+
+def parse_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: its aliases stand for more than `MAX_NODES` values: what follows them, as merge keys do, would never
+            end. yaml.YAMLError, and what else PyYAML raises: not readable.
+    """
+    parser = loader(text)
+    try:
+        node = parser.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")
+        return parser.construct_document(node)
+    finally:
+        parser.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes this one stands for with every alias written out; infinite if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(node)]
 
 
 def mapping(content: Mapping[str, Any], path: Path, *keys: str) -> dict[str, Any]:
@@ -123,7 +166,7 @@ def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(map(str, values)) - set(fields))
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(fields) or 'none'}")
+        raise UserError(f"{where}: unknown key {shown(unknown[0])}; expected one of {', '.join(fields) or 'none'}")
     converted = {name: _convert(value, hints[name], f"{where}: {name}") for name, value in values.items()}
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
@@ -140,13 +183,6 @@ def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:
         raise UserError(f"{where}: {error}") from None
 
 
-def _shown(value: Any) -> str:
-    """A value for a message, cut short: a few aliases in YAML can stand for billions of entries."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    return short.repr(value)
-
-
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -155,19 +191,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, next(a for a in args if a is not type(None)), where)
     if origin is typing.Literal:
         if value not in args or isinstance(value, bool):
-            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, found {_shown(value)}")
+            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, found {shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, found {_shown(value)}")
+            raise UserError(f"{where}: expected a list, found {shown(value)}")
         return tuple(_convert(v, args[0], where) for v in value)
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a mapping, found {_shown(value)}")
+            raise UserError(f"{where}: expected a mapping, found {shown(value)}")
         return {_convert(k, args[0], where): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a mapping, found {_shown(value)}")
+            raise UserError(f"{where}: expected a mapping, found {shown(value)}")
         return build(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML reads 3e-5 as text, for want of a dot.
@@ -176,5 +212,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
-        raise UserError(f"{where}: expected {hint.__name__}, found {_shown(value)}")
+        raise UserError(f"{where}: expected {hint.__name__}, found {shown(value)}")
     return value

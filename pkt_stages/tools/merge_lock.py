@@ -16,6 +16,7 @@ import yaml
 
 from pkt_stages.artifacts import written_whole
 from pkt_stages.errors import UserError
+from pkt_stages.params import parse_yaml
 
 # A top-level key and, below `stages`, the name of a stage; the top-level line itself has no stage.
 Key = tuple[str, str | None]
@@ -47,10 +48,10 @@ def entries(file: Path, path: str) -> dict[Key, str]:
     expected = f"{path} ({file}): expected a lock file as DVC writes it"
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.load(text, LOADER)
+        content = parse_yaml(text, LOADER)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         at = f" (line {mark.line + 1})" if (mark := getattr(error, "problem_mark", None)) else ""
         raise UserError(f"{expected}; found no YAML{at}; take one side: git checkout --ours {path}") from None
     found: dict[Key, str] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pkt_stages.errors import UserError
+from pkt_stages.params import parse_yaml
 from pkt_stages.progress import track
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -120,8 +121,8 @@ def text_of(lock: Path) -> str:
 def stages(text: str) -> dict[str, Any]:
     """The records in a dvc.lock's text; none if that is no lock (in a merge, say)."""
     try:
-        return dict(yaml.load(text, LOADER)["stages"])
-    except (ValueError, TypeError, KeyError, yaml.YAMLError):
+        return dict(parse_yaml(text, LOADER)["stages"])
+    except (ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return {}
 
 
