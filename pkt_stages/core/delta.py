@@ -33,19 +33,28 @@ def _leading(matrix: Float64[Tensor, "out in"], rank: int) -> tuple[Tensor, Tens
     """The first `rank` singular vectors and values: U [out, rank], S [rank], V^T [rank, in].
 
     For a few of many, Lanczos finds the leading eigenvectors of the Gram matrix of the smaller side; projected onto
-    them the matrix is thin, and its decomposition is exact. Squaring costs (s_1 / s_rank)^2 of float64's 1e-16.
+    them the matrix is thin, and its decomposition is exact. Squaring costs (s_1 / s_rank)^2 of float64's 1e-16. Where
+    Lanczos fails (a zero matrix, say) the whole decomposition is taken.
     """
     if SMALL_RANK * rank >= min(matrix.shape):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
+        return _decomposed(matrix, rank)
     if matrix.shape[0] > matrix.shape[1]:
         v, s, uh = _leading(matrix.mT, rank)
         return uh.mT, s, v.mT
-    from scipy.sparse.linalg import eigsh
+    from scipy.sparse.linalg import ArpackError, eigsh
 
     gram = (matrix @ matrix.mT).cpu().numpy()
-    start = numpy.random.default_rng(0).standard_normal(len(gram))  # fixed: the same bytes every time
-    found = eigsh(gram, k=rank, v0=start)[1]
+    # Fixed, for equal bytes: of a matrix of low rank, or of equal singular values, it draws further vectors.
+    draws = numpy.random.default_rng(0)
+    try:
+        found = eigsh(gram, k=rank, v0=draws.standard_normal(len(gram)), rng=draws)[1]
+    except ArpackError:
+        return _decomposed(matrix, rank)
     basis = torch.linalg.qr(torch.from_numpy(found).to(matrix.device)).Q
     u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return basis @ u, s, vh
+
+
+def _decomposed(matrix: Float64[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank]

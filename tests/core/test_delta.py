@@ -54,3 +54,36 @@ def test_a_matrix_of_lower_rank_than_asked_for() -> None:
     a, b = low_rank_factors(matrix, 5)
     torch.testing.assert_close(b @ a, matrix, rtol=0, atol=1e-5)
     torch.testing.assert_close(a @ a.mT, torch.eye(5), atol=1e-6, rtol=0)
+
+
+def _one_row(n: int) -> torch.Tensor:
+    matrix = torch.zeros(n, n)
+    matrix[3] = torch.linspace(-1, 1, n)
+    return matrix
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.zeros(96, 96),
+        torch.zeros(64, 160),
+        torch.zeros(160, 64),
+        _one_row(96),
+        torch.eye(96),
+        torch.full((96, 128), 6.5e4),
+        torch.block_diag(*[torch.ones(4, 4)] * 24),
+        torch.diag(torch.logspace(0, -7, 96)),
+        torch.full((96, 96), 1e-40),
+        torch.cat([torch.randn(48, 96, generator=torch.Generator().manual_seed(5))] * 2),
+    ],
+    ids=["zero", "wide zero", "tall zero", "one row", "identity", "constant", "blocks", "steep", "denormal", "twice"],
+)
+def test_blocks_that_pruning_or_no_training_leaves(matrix: torch.Tensor) -> None:
+    """Zero, of lower rank than asked for, or of equal singular values: the best approximation, the same every time."""
+    rank, values = 4, torch.linalg.svdvals(matrix.double())
+    a, b = low_rank_factors(matrix, rank)
+    error = float((b.double() @ a.double() - matrix.double()).norm())
+    assert error <= float(values[rank:].norm()) * (1 + 1e-6) + 1e-6 * float(values[0])
+    torch.testing.assert_close(a @ a.mT, torch.eye(rank), atol=1e-5, rtol=0)
+    again = low_rank_factors(matrix, rank)
+    assert torch.equal(a, again[0]) and torch.equal(b, again[1])
