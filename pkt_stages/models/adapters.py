@@ -7,19 +7,35 @@ the untouched base, so that `PeftModel.from_pretrained`, vLLM and `pkt evaluate`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 from torch import Tensor
 
 from pkt_stages import artifacts
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LEAD = "base_model.model."
 _EMBEDDING = "embed_tokens"
+# Settings of PEFT that say nothing of the finished update, or only beside others that are refused.
+_FREE = frozenset(
+    (
+        *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+        *("r", "lora_alpha", "target_modules", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    )
+)
+# What some others may be; all that are not named here must be off. These initialisations leave the base weights alone.
+_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "task_type": (None, "CAUSAL_LM"),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Adapter:
         """What is added to the module's weight, float32, in the weight's own shape."""
         a, b = (factor.float() for factor in self.factors[module])
         product = (self.alpha / self.rank) * (b @ a)
-        return product.mT if module.endswith(_EMBEDDING) else product
+        return product.mT if module.rpartition(".")[2] == _EMBEDDING else product
 
     def minus(self, other: Adapter) -> Adapter:
         """The adapter of rank r + r' whose update is this one's minus the other's (equal modules, equal alpha / r)."""
@@ -84,9 +100,9 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str) -> None:
     tensors = {}
     for module, factors in adapter.factors.items():
         for letter, factor in zip("AB", factors, strict=True):
-            name = f"lora_embedding_{letter}" if module.endswith(_EMBEDDING) else f"lora_{letter}.weight"
-            tensors[f"{_LEAD}{module}.{name}"] = factor.detach().cpu().float().contiguous()
-            if not bool(tensors[f"{_LEAD}{module}.{name}"].isfinite().all()):
+            name = f"{_LEAD}{module}.lora_{_factor(module, letter)}"
+            tensors[name] = factor.detach().cpu().float().contiguous()
+            if not bool(tensors[name].isfinite().all()):
                 raise UserError(f"{folder}: the adapter's factors of {module} hold NaN or infinity; not written")
     with artifacts.replaced_folder(folder, CONFIG) as beside:
         (beside / CONFIG).write_text(text, encoding="utf-8")
@@ -100,8 +116,11 @@ def is_adapter(folder: Path) -> bool:
 def load_adapter(folder: Path) -> Adapter:
     """Read a plain LoRA adapter in PEFT's format.
 
+    Its settings are held to an allow-list: one that PEFT would compute something else for than W + (lora_alpha / r) B A
+    of the target's original weights is refused by name, as is one that is not known here.
+
     Raises:
-        UserError: files that are missing or malformed, or a kind of adapter that is more than W + (alpha / r) B A.
+        UserError: files that are missing or malformed, another kind of adapter, or settings that do not go with it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -113,28 +132,81 @@ def load_adapter(folder: Path) -> Adapter:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable PEFT adapter ({' '.join(str(error).split())})") from None
+        raise UserError(f"{folder}: not a readable PEFT adapter ({' '.join(str(error).split())[:300]})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: expected a LoRA adapter, found {_kind(config)}")
-    for setting in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
-        if config.get(setting):
-            raise UserError(f"{folder}: its {setting} is not supported; expected plain LoRA")
+    for name, value in config.items():
+        if name not in _FREE and not _is_plain(name, value):
+            raise UserError(f"{folder}: its {name} ({shown(value)}) is not supported; {_advice(name)}")
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, rest = name.removeprefix(_LEAD).rpartition(".lora_")
         letter = rest.removeprefix("embedding_").removesuffix(".weight")
-        if not name.startswith(_LEAD) or not module or letter not in ("A", "B") or tensor.ndim != 2:
+        if not name.startswith(_LEAD) or not module or rest != _factor(module, letter) or tensor.ndim != 2:
             raise UserError(f"{folder}: unexpected tensor {name} of shape {list(tensor.shape)} in a LoRA adapter")
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) not in artifacts.FLOATS:
+            raise UserError(f"{folder}: tensor {name} is {dtype}; expected one of {', '.join(artifacts.FLOATS)}")
         found.setdefault(module, {})[letter] = tensor
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or rank == 0:
-        raise UserError(f"{folder}: expected numbers r above 0 and lora_alpha, found {rank!r} and {alpha!r}")
+    rank, alpha = config.get("r"), _number(config.get("lora_alpha"))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 or alpha is None:
+        said = f"{shown(rank)} and {shown(config.get('lora_alpha'))}"
+        raise UserError(f"{folder}: expected numbers r above 0 and lora_alpha, found {said}")
     for module, pair in found.items():
         if set(pair) != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
             raise UserError(f"{folder}: the factors of {module} are not A [{rank}, in] and B [out, {rank}]")
+        if not _is_target(module, config.get("target_modules")):
+            raise UserError(
+                f"{folder}: holds factors of {module}, which its target_modules"
+                f" ({shown(config.get('target_modules'))}) do not name, so that PEFT would pass over them"
+            )
     if not found:
         raise UserError(f"{folder}: an adapter without weights")
-    return Adapter({module: (pair["A"], pair["B"]) for module, pair in found.items()}, float(alpha))
+    return Adapter({module: (pair["A"], pair["B"]) for module, pair in found.items()}, alpha)
+
+
+def _factor(module: str, letter: str) -> str | None:
+    """What PEFT calls the factor A or B of a module, behind `lora_`."""
+    if letter not in ("A", "B"):
+        return None
+    return f"embedding_{letter}" if module.rpartition(".")[2] == _EMBEDDING else f"{letter}.weight"
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether this setting leaves the update at (lora_alpha / r) B A; one that is not known must be off."""
+    if name in _VALUES:
+        return any(type(value) is type(allowed) and value == allowed for allowed in _VALUES[name])
+    return value is None or value is False or value in ("", [], {})
+
+
+def _advice(name: str) -> str:
+    if name != "init_lora_weights":
+        return "expected plain LoRA: W + (lora_alpha / r) B A of the original weights"
+    return (
+        "such a start changes the base weights, to which alone the factors belong; save the adapter with PEFT's"
+        " path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _is_target(module: str, targets: Any) -> bool:
+    """Whether PEFT puts an adapter on this module: it is named, or its name's end is; or a pattern matches it whole."""
+    if isinstance(targets, str):
+        try:
+            return regex.fullmatch(targets, module, timeout=1) is not None
+        except (regex.error, TimeoutError):
+            return False
+    names = targets if isinstance(targets, list) else []
+    return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names)
 
 
 def _kind(config: Any) -> str:

@@ -17,7 +17,7 @@ from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.recipe import Init
-from pkt_stages.models.sites import SITES, projection_name
+from pkt_stages.models.sites import EMBEDDING, HEAD, SITES, projection_name
 
 _NAME = "default"  # PEFT's name of the only adapter
 _LEAD = "base_model.model."
@@ -148,7 +148,7 @@ def check_sizes(model: Any, lora: Lora) -> None:
                 f"rank {lora.rank} is larger than a side of {name} {list(weight.shape)};"
                 f" use at most {min(weight.shape)}"
             )
-        if name in ("lm_head", "model.embed_tokens") and model.config.tie_word_embeddings:
+        if f"{name}.weight" in (EMBEDDING, HEAD) and model.config.tie_word_embeddings:
             raise UserError(f"{name}: the target's embedding and head are one weight; leave both out of the sites")
 
 

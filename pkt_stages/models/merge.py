@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, DenseDelta
-from pkt_stages.models.sites import as_rows, geometry, weight_name
+from pkt_stages.models.sites import EMBEDDING, HEAD, as_rows, geometry, weight_name
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -121,14 +121,23 @@ class _Part:
 
 
 def _parts(model: Module, change: Change, scale: float = 1.0) -> Iterator[_Part]:
+    config: Any = model.config
+    tied = (EMBEDDING, HEAD) if config.tie_word_embeddings else ()
     if isinstance(change, Adapter):
         for module in change.factors:
+            if f"{module}.weight" in tied:
+                raise UserError(
+                    f"adapter: changes {module}, but embedding and head are one weight in the model, and an adapter's"
+                    " update is for one of the two alone; train it without"
+                )
             yield _whole(model, f"{module}.weight", "adapter", partial(change.delta, module), scale)
     elif isinstance(change, DenseDelta):
         for name in change.weights:
+            if name == HEAD and tied:
+                raise UserError(f"delta: {name} is {EMBEDDING} in the model, one weight; name it so, once")
             yield _whole(model, name, "delta", partial(change.weights.__getitem__, name), scale)
     else:
-        sizes = geometry(model.config)
+        sizes = geometry(config)
         for site, sparse in change.items():
             sparse.check(site, sizes)
             for pair, layer in enumerate(sparse.layers.tolist()):

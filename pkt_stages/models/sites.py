@@ -38,6 +38,7 @@ _OTHER_MODULE = {
     "embedding": "model.embed_tokens",
     "head": "lm_head",
 }
+EMBEDDING, HEAD = (f"{_OTHER_MODULE[weight]}.weight" for weight in ("embedding", "head"))  # one weight if they are tied
 _STORED_AS_COLUMNS = frozenset({"ffn_down", "attn_o"})
 
 # Residual stream h + attention(norm(h)), then + gated FFN(norm(.)), RMS norm with a plain scale, linear head.
