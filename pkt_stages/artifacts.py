@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "pkt"
-FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16", "float64")  # what weights are stored as
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,21 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Metadata(dict[str, Any]):
+    """An object of a file's metadata; to ask for a key that it lacks is a UserError, for the file is to blame.
+
+    Attributes:
+        lacks: the message, up to the key.
+    """
+
+    def __init__(self, lacks: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.lacks = lacks
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.lacks} {key!r}")
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An open artifact: metadata at hand, tensors read from disk when asked for."""
@@ -323,7 +339,7 @@ def load(path: Path, kind: Kind) -> Artifact:
         raw = (file.metadata() or {}).get(METADATA_KEY)
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}
-        described = {n: (_DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+        described = {n: (DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -331,7 +347,8 @@ def load(path: Path, kind: Kind) -> Artifact:
             f" make it again with `{made_by}`"
         ) from None
     try:
-        meta = json.loads(raw) if raw is not None else None
+        lacks = f"{path}: make it again with `{made_by}`; its metadata lack"
+        meta = json.loads(raw, object_hook=partial(Metadata, lacks)) if raw is not None else None
     except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict) or "kind" not in meta:
@@ -372,7 +389,8 @@ def kind_of(path: Path, among: Sequence[Kind]) -> Kind:
     return known[kind]
 
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
+# safetensors' names.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
 
 
 def _mismatch(kind: Kind, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:

@@ -67,7 +67,7 @@ def test_pickled_weights_are_not_opened(pkt: Run, model: Path, tmp_path: Path) -
     weights = model / "model.safetensors"
     torch.save({"model.norm.weight": Payload(marker)}, model / "pytorch_model.bin")
     weights.unlink()
-    assert refusal(pkt, model).startswith("the model cannot be loaded (")
+    assert refusal(pkt, model).startswith("holds no safetensors weights (")
     assert not marker.exists()
     # The payload is a live one.
     torch.load(model / "pytorch_model.bin", weights_only=False)
@@ -86,17 +86,17 @@ def test_code_of_a_model_is_not_run(pkt: Run, model: Path, tmp_path: Path, kind:
 def test_code_of_a_tokenizer_is_not_run(pkt: Run, model: Path, tmp_path: Path) -> None:
     (model / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
     edit(model / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
-    assert refusal(pkt, model) == "the model cannot be loaded (it asks for code of its own, which is never run)"
+    assert refusal(pkt, model) == "the tokenizer cannot be loaded (it asks for code of its own, which is never run)"
     assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 10**9}, "(its weights have other shapes than its config.json says)"),
-        ({"intermediate_size": 10**9}, "(its weights have other shapes than its config.json says)"),
-        ({"vocab_size": 10**9}, "(its weights have other shapes than its config.json says)"),
-        ({"head_dim": 10**9}, "(its weights have other shapes than its config.json says)"),
+        ({"hidden_size": 10**9}, "it has lm_head.weight of shape [264, 64], not [264, 1000000000]"),
+        ({"intermediate_size": 10**9}, "mlp.down_proj.weight of shape [64, 96], not [64, 1000000000]"),
+        ({"vocab_size": 10**9}, "it has lm_head.weight of shape [264, 64], not [1000000000, 64]"),
+        ({"head_dim": 10**9}, "self_attn.k_proj.weight of shape [32, 64], not [2000000000, 64]"),
         ({"num_attention_heads": 10**9}, "is not a multiple of the number of attention heads"),
         ({"num_key_value_heads": 10**9}, "config: 4 heads cannot share 1000000000 key/value heads evenly"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers; expected 1 to 1000"),
@@ -118,10 +118,11 @@ def test_a_config_that_does_not_fit_the_weights(pkt: Run, model: Path, changes: 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("config.json", "the model cannot be loaded ("),
-    ("tokenizer.json", "the model cannot be loaded ("),
-    ("tokenizer_config.json", "the model cannot be loaded ("),
-    ("model.safetensors", "the model cannot be loaded ("),
-    ("model.safetensors.index.json", "/model.safetensors.index.json: not readable as the index of a checkpoint"),
+    ("tokenizer.json", "the tokenizer cannot be loaded ("),
+    ("tokenizer_config.json", "the tokenizer cannot be loaded ("),
+    ("generation_config.json", "/generation_config.json: "),
+    ("model.safetensors", "/model.safetensors: not a readable safetensors file ("),
+    ("model.safetensors.index.json", "/model.safetensors.index.json: "),
     ("hub.yaml", "/hub.yaml: "),
 ])  # fmt: skip
 @pytest.mark.parametrize("content", ["[1]", "{", "\0\0\0\0\0\0\0\x7f", '{"a": ' * 5000])
@@ -139,6 +140,87 @@ def test_an_index_points_to_no_other_folder(pkt: Run, model: Path, elsewhere: ob
     assert refusal(pkt, model) == (
         f"/model.safetensors.index.json: names {elsewhere!r}; expected safetensors files in the same folder"
     )
+
+
+BOMBS = {
+    # Aliases of aliases: a few values for Python, 9^9 for whoever writes them out.
+    "aliases": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)),
+    # Merge keys copy what they name, so that reading alone would never end.
+    "merges": "a0: &a0 {x: 1, y: 2}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)),
+    "itself": "a: &a [*a]\n",
+    "itself by its key": "a: &a {b: *a}\n",
+    "depth": "[" * 5000 + "]" * 5000,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.usefixtures("little_memory")
+def test_yaml_that_stands_for_more_than_it_says(pkt: Run, tmp_path: Path, model: Path, bomb: str) -> None:
+    """By every door: a model's pointer, a data set's, params, a lock."""
+    examples = write_examples(tmp_path / "e.jsonl", ["It is 1."])
+    folder = tmp_path / "pointer"
+    folder.mkdir()
+    pointer, params = folder / "hub.yaml", tmp_path / "params.yaml"
+    for file in (pointer, params):
+        file.write_text(BOMBS[bomb])
+    out = ("--out", tmp_path / "o")
+    attribute = ("attribute", "--model", model, "--extract", examples, *out)
+    for file, words in (
+        (pointer, ("attribute", "--model", folder, "--extract", examples, *out)),
+        (pointer, ("export", "--model", folder, "--delta", examples, *out)),
+        (pointer, ("prepare", "--task", "gsm8k", "--data", folder, *out)),
+        (pointer, ("texts", "--data", folder, *out)),
+        (pointer, ("pin", folder)),
+        (params, (*attribute, "--params", params)),
+        (params, ("merge-lock", params, params, params)),
+        (params, ("code", "--params", params, *out)),
+    ):
+        status, _, err = pkt(*words)
+        assert status == 2 and err.count("\n") == 1 and str(file) in err and len(err) < 1000, (words, err)
+        assert file.read_text() == BOMBS[bomb]
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [{"repo": ["x"] * 10**5, "revision": "y"}, {"repo": "x" * 10**6}, ["x"] * 10**5])
+def test_what_is_quoted_is_cut(pkt: Run, tmp_path: Path, content: Any) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/hub.yaml").write_text(json.dumps(content))
+    status, _, err = pkt("attribute", "--model", tmp_path / "m", "--extract", tmp_path / "e", "--out", tmp_path / "o")
+    assert status == 2 and len(err) < 1000 and err.startswith(f"pkt: error: {tmp_path}/m/hub.yaml: expected ")
+
+
+@pytest.mark.parametrize("repo", ["../model", "/etc/x", "~/model", "./model", "a/b/c", "model", "owner/..", "o/m@main"])
+def test_a_pointer_leads_to_the_hub_alone(pkt: Run, tmp_path: Path, repo: str) -> None:
+    """Else it would lead to a folder of this machine, past what is asked of one."""
+    examples = write_examples(tmp_path / "e.jsonl", ["It is 1."])
+    (tmp_path / "p").mkdir()
+    file, out = tmp_path / "p/hub.yaml", ("--out", tmp_path / "o")
+    said = f"pkt: error: {file}: repo: expected a name on the hub, owner/name, found {repo!r}\n"
+    file.write_text(json.dumps({"repo": repo, "revision": "main"}))
+    assert pkt("attribute", "--model", tmp_path / "p", "--extract", examples, *out) == (2, "", said)
+    file.write_text(json.dumps({pool: {"repo": repo, "split": pool, "revision": "main"} for pool in ("train", "test")}))
+    assert pkt("prepare", "--task", "gsm8k", "--data", tmp_path / "p", *out) == (2, "", said)
+
+
+def test_a_folder_that_is_called_like_a_pointer_s_repository(
+    pkt: Run, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "owner/name")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/hub.yaml").write_text("repo: owner/name\nrevision: main\n")
+    monkeypatch.chdir(tmp_path)
+    assert pkt("attribute", "--model", "p", "--extract", "e.jsonl", "--out", "o")[2] == (
+        "pkt: error: p/hub.yaml: repo: owner/name is a folder here, which would be taken for it; rename the folder\n"
+    )
+
+
+def test_a_template_beside_a_pointer_that_is_no_text(pkt: Run, tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text("repo: owner/name\nrevision: main\n")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    status, _, err = pkt("attribute", "--model", tmp_path, "--extract", tmp_path / "e", "--out", tmp_path / "o")
+    assert status == 2 and err.startswith(f"pkt: error: {tmp_path}/chat_template.jinja: not readable as text (")
 
 
 def test_an_adapter_in_the_model_s_folder_is_not_active(pkt: Run, model: Path, adapter: Path) -> None:
@@ -207,6 +289,7 @@ def test_a_pickled_adapter_is_not_opened(refuse_adapter: Callable[[Path], str], 
 def test_names_in_an_adapter(refuse_adapter: Callable[[Path], str], adapter: Path, name: str, message: str) -> None:
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(96, 2)}
     save_file(tensors, adapter / "adapter_model.safetensors")
+    edit(adapter / "adapter_config.json", target_modules=".*")
     assert refuse_adapter(adapter) == message
 
 

@@ -328,9 +328,24 @@ def opened(
         yield HfBackend(load_model(ref, dtype=dtype, device=device), tokenizer, batch_size=batch_size)
         return
     name = "{name}@{revision}".format(**identity(ref))
-    how: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "seed": seed}
+    stored = _stored_dtype(ref)
+    how: dict[str, Any] = {"dtype": stored if dtype == "auto" else dtype, "batch_size": batch_size, "seed": seed}
     with closing(VllmBackend(ref.location, tokenizer, identity=name, revision=ref.revision, **how)) as vllm:
         yield vllm
+
+
+def _stored_dtype(ref: ModelRef) -> str:
+    """The dtype of a checkpoint that vLLM is to read itself, which by its own `auto` rounds float32.
+
+    Raises:
+        UserError: as `Checkpoint`, or vLLM would read other weights than every other command.
+    """
+    from pkt_stages.models.rows import Checkpoint
+
+    checkpoint = Checkpoint(ref)
+    if odd := checkpoint.oddity():
+        raise UserError(f"backend vllm: {ref.location}: {odd}, which vLLM reads in another way; use --backend hf")
+    return str(checkpoint.dtype).removeprefix("torch.")
 
 
 # What a machine needs, and no result depends on but for rounding.

@@ -46,8 +46,7 @@ def whole(models: Models) -> dict[str, Tensor]:
     if models.base.names != models.tuned.names:
         odd = min(models.base.names ^ models.tuned.names)
         raise UserError(f"{models.tuned.ref.location}: weight {odd} is in one of the two models alone")
-    names = sorted(name for name in models.base.names if not name.endswith("inv_freq"))
-    changes = {name: (tuned.weight(name).double() - base.weight(name).double()).float() for name in names}
+    changes = {name: (tuned.weight(name).double() - base.weight(name).double()).float() for name in base.names()}
     return {name: change for name, change in changes.items() if bool(change.any())}
 
 

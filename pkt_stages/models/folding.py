@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkt_stages.errors import UserError
-from pkt_stages.models.load import ModelRef, load_config
+from pkt_stages.models.load import ModelRef
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.sites import Geometry, geometry, module_name
 
@@ -39,11 +39,11 @@ class Folded:
             UserError: the model is not supported, holds no safetensors, or a gain is zero or not finite.
         """
         self.ref = ref
-        self.config = load_config(ref)
-        self.sizes: Geometry = geometry(self.config)
         self.checkpoint = Checkpoint(ref)
+        self.config = self.checkpoint.config
+        self.sizes: Geometry = geometry(self.config)
         self.names = frozenset(self.checkpoint.names())
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.tied = self.checkpoint.tied
         norms = {name.format(layer) for name in NORM_OF.values() for layer in range(self.sizes.num_layers)}
         for norm in sorted(norms):
             gain = self.checkpoint.weight(f"{norm}.weight")
@@ -60,8 +60,7 @@ class Folded:
 
     def stored(self, weight: str, layer: int = 0) -> Tensor:
         """A weight [out, in] as it is; of a tied head the embedding."""
-        name = f"{module_name('embedding' if weight == 'head' and self.tied else weight, layer)}.weight"
-        return self.checkpoint.weight(name).double()
+        return self.checkpoint.weight(f"{module_name(weight, layer)}.weight").double()
 
     def weight(self, weight: str, layer: int = 0) -> Tensor:
         """A weight [out, in] of `PROJECTIONS`, the embedding or the head, with the gain before it folded in."""

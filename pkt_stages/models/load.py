@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.params import build
 
 if TYPE_CHECKING:
     import torch
 
+    from pkt_stages.models.rows import Checkpoint
+
 CHAT_TEMPLATE = "chat_template.jinja"
-INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+# What config.json has where weights are quantised: transformers', its older name for compressed tensors, and MLX's.
+QUANTISATION = ("quantization_config", "compression_config", "quantization")
 # Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
 MAX_LAYERS = 1000
 
@@ -49,17 +53,24 @@ def resolve(model: str) -> ModelRef:
     A `chat_template.jinja` beside it gives a template to a model that has none, or another one.
 
     Raises:
-        UserError: a path that does not exist, a pointer that is not {repo, revision} or has sizes that are not those
-            of a geometry, or a folder with an adapter.
+        UserError: a path that does not exist, a pointer that is malformed or has sizes that are not those of a
+            geometry, a folder with an adapter, or one that holds something else than files.
     """
     folder = Path(model)
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        # Whoever opens a pipe waits for ever.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: a pipe, socket or device; a model's folder may hold files alone")
     pointer = folder / hub.POINTER
     if pointer.is_file():
         named = hub.read_model_pointer(pointer)
         if named.sizes:
             _check_sizes(pointer, named.sizes)
         template = folder / CHAT_TEMPLATE
-        text = template.read_text(encoding="utf-8") if template.is_file() else None
+        try:
+            text = template.read_text(encoding="utf-8") if template.is_file() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{template}: not readable as text ({error})") from None
         return ModelRef(named.repo, named.revision, text, tuple(sorted(named.sizes.items())))
     if folder.is_dir():
         if (folder / ADAPTER).is_file():
@@ -69,11 +80,9 @@ def resolve(model: str) -> ModelRef:
             )
         if not (folder / "config.json").is_file():
             raise UserError(f"{model}: a folder without config.json; expected a Hugging Face model folder")
-        if (folder / INDEX).is_file():
-            _check_index(folder / INDEX)
         return ModelRef(model)
     name, at, revision = model.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or (at and not revision):
+    if not hub.is_repo_name(name) or (at and not revision):
         raise UserError(f"{model}: no such folder, and not a hub name of the form owner/name or owner/name@revision")
     return ModelRef(name, revision or None)
 
@@ -85,19 +94,8 @@ def _check_sizes(pointer: Path, sizes: Mapping[str, int]) -> None:
         raise UserError(f"{pointer}: sizes: {small[0]}: expected a number above 0, found {sizes[small[0]]}")
 
 
-def _check_index(path: Path) -> None:
-    """Raise UserError unless the index of a split checkpoint names files beside it; `identity` covers no others."""
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not readable as the index of a checkpoint") from None
-    for name in files:
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise UserError(f"{path}: names {name!r}; expected safetensors files in the same folder")
-
-
 def load_config(ref: ModelRef) -> Any:
-    """The model's config; only supported architectures and sizes get through, and none that bring their own code.
+    """The model's config; only supported architectures and sizes get through, none that bring code, none quantised.
 
     Raises:
         UserError: see above, or a config that cannot be read.
@@ -114,6 +112,18 @@ def load_config(ref: ModelRef) -> Any:
             f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; use a model of"
             " an architecture that transformers has"
         )
+    for name in QUANTISATION:
+        if found := getattr(config, name, None):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UserError(
+                f"{ref.location}: its config.json says that its weights are quantised ({name}:"
+                f" {shown(method or found)}), which no stage reads; use the model that was quantised"
+            )
+    if getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"{ref.location}: its config.json names a file of its own for the weights (transformers_weights); call it"
+            " model.safetensors and take the key out"
+        )
     sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
     if not 1 <= sizes.num_layers <= MAX_LAYERS:
         raise UserError(f"{ref.location}: {sizes.num_layers} layers; expected 1 to {MAX_LAYERS}")
@@ -126,75 +136,157 @@ def load_config(ref: ModelRef) -> Any:
 
 
 def load_tokenizer(ref: ModelRef) -> Any:
+    """The model's tokenizer, with the reference's chat template.
+
+    Raises:
+        UserError: it cannot be loaded or used, has no EOS token, or tokens that the embedding has no row for.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = hub.explained(
-        ref.location,
-        ref.revision,
-        lambda: AutoTokenizer.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False),
-    )
+    num_rows = load_config(ref).vocab_size
+
+    def load() -> Any:
+        found = AutoTokenizer.from_pretrained(ref.location, revision=ref.revision, trust_remote_code=False)
+        found("1", return_offsets_mapping=True)  # some settings fail at their first use only
+        return found
+
+    tokenizer = hub.explained(ref.location, ref.revision, load, "the tokenizer")
     if ref.chat_template is not None:
         tokenizer.chat_template = ref.chat_template
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{ref.location}: its tokenizer has no EOS token, which ends every answer; name it in tokenizer_config.json"
+            " (eos_token)"
+        )
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= num_rows}
+    for token, number in sorted(beyond.items(), key=lambda pair: pair[1]):
+        if _is_used(tokenizer, token):
+            raise UserError(
+                f"{ref.location}: token {shown(token)} of its tokenizer is number {number}, its embedding has"
+                f" {num_rows} rows; give it the tokenizer that it was trained with"
+            )
     return tokenizer
+
+
+def _is_used(tokenizer: Any, token: str) -> bool:
+    """Whether a token can come up: all but special ones that neither end nor pad nor stand in the chat template."""
+    special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    return token not in special or token in named or token in str(tokenizer.chat_template)
 
 
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str = "cpu") -> Any:
     """The model in evaluation mode without gradients, from safetensors only and without remote code.
 
     Args:
-        dtype: `auto` keeps the checkpoint's; else float32, float16 or bfloat16.
+        dtype: `auto` keeps the stored weights' (of several the one that holds them all); else float32, float16 or
+            bfloat16.
         device: as torch names it; `auto` shards over the GPUs there are.
 
     Raises:
-        UserError: missing or unreadable files, unsupported architecture, unknown device, weights that are not those of
-            the config, NaN in them.
+        UserError: as `Checkpoint`, unknown device, NaN in the weights, or a generation config that is malformed.
     """
-    load_config(ref)
+    import torch
+
+    from pkt_stages.models.rows import Checkpoint
+
     check_device(device)
     if not ref.is_local:
         hub.warn_unpinned(ref.location, ref.revision)
-    model = read_whole(ref, dtype=dtype, device_map=device, use_safetensors=True)
+    checkpoint = Checkpoint(ref)
+    wanted = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
+    if wanted == torch.float64:
+        raise UserError(f"{ref.location}: stored as float64, in which no model computes here; choose --dtype float32")
+    model = put_together(ref, checkpoint, wanted, device)
     model.requires_grad_(False)
     return model.eval()
 
 
-def read_whole(ref: ModelRef, **how: Any) -> Any:
-    """The model as transformers reads it with these options, if the checkpoint holds all of its weights.
+def put_together(ref: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
+    """The model of a checkpoint's weights.
 
     Raises:
         UserError: as `load_model`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would report at length is refused below
+    logging.set_verbosity_error()
     try:
         loaded: Any = hub.explained(
             ref.location,
             ref.revision,
-            lambda: AutoModelForCausalLM.from_pretrained(
-                ref.location,
-                revision=ref.revision,
-                trust_remote_code=False,
+            lambda: checkpoint.model_class.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=checkpoint.weights,
+                dtype=dtype,
+                device_map=device,
                 output_loading_info=True,
-                **how,
             ),
         )
+        model, report = loaded
+        model.generation_config = _generation_config(ref, model)
     finally:
         logging.set_verbosity(verbosity)
-    model, report = loaded
-    # What is missing would be random numbers; some old checkpoints hold buffers that are computed nowadays.
-    odd = [f"lacks {name}" for name in report["missing_keys"]]
-    odd += [f"has {n} too many" for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")]
-    if odd:
-        raise UserError(f"{ref.location}: not the weights that its config.json describes; it {min(odd)}")
+    assert not report["missing_keys"] and not report["unexpected_keys"], report  # the checkpoint was checked
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
     return model
+
+
+def _generation_config(ref: ModelRef, model: Any) -> Any:
+    """The generation config in its own file, or what follows from the model's config.
+
+    Raises:
+        UserError: the file is malformed, or the tokens that end an answer are none of the vocabulary.
+    """
+    from transformers import GenerationConfig
+
+    from pkt_stages.models.rows import file_of, read_object
+
+    path, found = file_of(ref, GENERATION), model.generation_config
+    if path is not None:
+        content = read_object(path)
+        found = hub.explained(
+            ref.location, ref.revision, lambda: GenerationConfig.from_dict(content), "the generation config"
+        )
+    ends = found.eos_token_id
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < model.config.vocab_size:
+            raise UserError(
+                f"{path or ref.location}: eos_token_id: expected tokens below {model.config.vocab_size}, found"
+                f" {shown(end)}"
+            )
+    return found
+
+
+def save_model(model: Any, ref: ModelRef, folder: Path) -> None:
+    """Write a model as a complete folder: weights (safetensors) and config, and what `save_beside` takes from `ref`."""
+    from transformers import GenerationConfig
+
+    # transformers reads generation configs that it refuses to write, as that of Llama-2 (temperature, but no sampling).
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    (folder / GENERATION).unlink()
+    save_beside(ref, folder)
+
+
+def save_beside(ref: ModelRef, folder: Path) -> None:
+    """Put a model's tokenizer beside weights, and its generation config, byte for byte, if it has one."""
+    from pkt_stages.models.rows import file_of
+
+    load_tokenizer(ref).save_pretrained(folder)
+    generation = file_of(ref, GENERATION)
+    if generation is not None:
+        shutil.copyfile(generation, folder / GENERATION)
 
 
 def check_device(device: str) -> None:
@@ -219,13 +311,17 @@ def identity(ref: ModelRef) -> dict[str, str | None]:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's config and weights, hexadecimal."""
+    """SHA-256 over the names and contents of a model folder's config and weights, hexadecimal.
+
+    Of the files that are read, and no others that lie beside them.
+    """
+    from pkt_stages.models.rows import weight_files
+
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.name == "config.json" or path.suffix == ".safetensors":
-            total.update(path.name.encode())
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted([folder / "config.json", *weight_files(ModelRef(str(folder)))]):
+        total.update(path.name.encode())
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 

@@ -31,9 +31,6 @@ from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
 from pkt_stages.models.sites import SHAPE, Geometry, module_name
 
 Filler = Literal["zero", "random"]
-# What a covered model has beside embedding, final norm and head.
-_PARTS = ("weight", "bias")
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
 @dataclass(frozen=True)
@@ -156,12 +153,7 @@ def _groups(old: Geometry, new: Geometry, layer: int, permute: bool, rotate: boo
 
 
 def weights(model: Folded, how: Reexpression) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model written again, by name, in the order of layers; float64.
-
-    Raises:
-        UserError: the model has weights that are not covered.
-    """
-    _check_covered(model)
+    """Every weight of the model written again, by name, in the order of layers; float64."""
     basis, old, new = how.basis, how.old, how.new
     at_input = (lambda w: w) if basis is None else (lambda w: w @ basis)
     yield "model.embed_tokens.weight", at_input(model.stored("embedding"))
@@ -253,15 +245,6 @@ def _gain(model: Folded, how: Reexpression, name: str | None) -> Tensor:
     if how.basis is None:
         return torch.ones(how.new.d_model).double() if name is None else model.checkpoint.weight(name).double()
     return torch.full((how.new.d_model,), (how.old.d_model / how.new.d_model) ** 0.5, dtype=torch.float64)
-
-
-def _check_covered(model: Folded) -> None:
-    known = {f"{module_name(w, n)}.{p}" for w in PROJECTIONS for n in range(model.sizes.num_layers) for p in _PARTS}
-    known |= {f"model.layers.{n}.{norm}.weight" for n in range(model.sizes.num_layers) for norm in _NORMS}
-    known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    strange = sorted(name for name in model.names - known if not name.endswith("inv_freq"))
-    if strange:
-        raise UserError(f"{model.ref.location}: weight {strange[0]} is not covered; its architecture has more parts")
 
 
 def new_config(config: Any, how: Reexpression, tied: bool) -> Any:

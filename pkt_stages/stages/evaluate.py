@@ -52,9 +52,9 @@ def run(
     Returns:
         and with `scales` the likelihoods alone at factor 1, else nothing.
     """
-    from pkt_stages.evaluation.backends import HfBackend, VllmBackend
+    from pkt_stages.evaluation.backends import HfBackend, VllmBackend, opened
     from pkt_stages.evaluation.engine import evaluate_model
-    from pkt_stages.models.load import identity, load_model, load_tokenizer, weights_hash
+    from pkt_stages.models.load import load_model, load_tokenizer, weights_hash
     from pkt_stages.models.merge import merged
 
     tokenizer = load_tokenizer(ref)
@@ -76,27 +76,23 @@ def run(
             nats_only=nats_only,
         )
 
-    def vllm(location: str, revision: str | None, weights: str, nats_only: bool) -> Evaluation:
-        how: Any = {"revision": revision, "dtype": params.dtype, "batch_size": batch_size, "seed": params.seed}
-        with closing(VllmBackend(location, tokenizer, identity=weights, **how)) as backend:
-            return asked(backend, nats_only)
-
-    if params.backend == "vllm" and not changes:
-        name = "{name}@{revision}".format(**identity(ref))
-        return {"base": vllm(ref.location, ref.revision, name, params.nats_only)}, {}
+    if not changes:
+        how: Any = {"dtype": params.dtype, "seed": params.seed, "batch_size": batch_size, "device": device}
+        with opened(ref, tokenizer, backend=params.backend, **how) as backend:
+            return {"base": asked(backend, params.nats_only)}, {}
     model = load_model(ref, dtype=params.dtype, device="cpu" if params.backend == "vllm" else device)
     weights = weights_hash(dict(model.named_parameters()))
-    if not changes:
-        backend = HfBackend(model, tokenizer, batch_size=batch_size, identity=weights)
-        return {"base": asked(backend, params.nats_only)}, {}
 
     def scaled(change: Change, content: str, scale: float, nats_only: bool) -> Evaluation:
         name = f"{weights}+{scale}*{content}"
         with merged(model, change, scale=scale):
             if params.backend == "hf":
                 return asked(HfBackend(model, tokenizer, batch_size=batch_size, identity=name), nats_only)
-            with _written(model, tokenizer, scratch / f"merged-{hashlib.sha256(name.encode()).hexdigest()[:32]}") as at:
-                return vllm(str(at), None, name, nats_only)
+            with _written(model, ref, scratch / f"merged-{hashlib.sha256(name.encode()).hexdigest()[:32]}") as at:
+                kind = str(model.dtype).removeprefix("torch.")
+                how: Any = {"dtype": kind, "batch_size": batch_size, "seed": params.seed, "identity": name}
+                with closing(VllmBackend(str(at), tokenizer, **how)) as backend:
+                    return asked(backend, nats_only)
 
     found, unscaled = {}, {}
     for label, stored in changes.items():
@@ -169,11 +165,12 @@ def runs(rows: list[Changes]) -> dict[str, Stored]:
 
 
 @contextmanager
-def _written(model: Any, tokenizer: Any, folder: Path) -> Iterator[Path]:
+def _written(model: Any, ref: ModelRef, folder: Path) -> Iterator[Path]:
     """The model as a folder, which vLLM needs, for as long as the context lasts."""
+    from pkt_stages.models.load import save_model
+
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_model(model, ref, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

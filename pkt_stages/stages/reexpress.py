@@ -78,10 +78,8 @@ def reexpress(
     may be larger in layers, width, FFN width and heads; head width and vocabulary stay. Works weight by weight: memory
     is that of two shards of 2 GiB and a few copies of the largest weight in float64, whatever the model's size.
     """
-    from transformers import GenerationConfig
-
     from pkt_stages.models.folding import Folded
-    from pkt_stages.models.load import identity, load_config, load_tokenizer, resolve
+    from pkt_stages.models.load import identity, load_config, resolve, save_beside
     from pkt_stages.models.reexpression import new_config, weights
     from pkt_stages.models.sites import geometry
 
@@ -91,14 +89,13 @@ def reexpress(
     folded = Folded(ref)
     sizes = geometry(load_config(resolve(like))) if like is not None else folded.sizes
     how = run(folded, params, sizes)
-    dtype = params.dtype if params.dtype != "auto" else _stored_dtype(folded)
+    dtype = params.dtype if params.dtype != "auto" else str(folded.checkpoint.dtype).removeprefix("torch.")
     config = new_config(folded.config, how, folded.tied)
     config.dtype = dtype
     with artifacts.replaced_folder(out, MARK) as folder:
         num_bytes = write_weights(folder, weights(folded, how), dtype)
         config.save_pretrained(folder)
-        load_tokenizer(ref).save_pretrained(folder)
-        _save_generation(GenerationConfig, ref, folder)
+        save_beside(ref, folder)
         artifacts.write_json(folder / MARK, {"of": identity(ref), "params": asdict(params), "sizes": asdict(how.new)})
     shown = f"{how.new.num_layers} x {how.new.d_model}, FFN {how.new.d_ff}, {how.new.num_heads} heads"
     watch.summary("reexpress", f"{Path(ref.location).name} as {shown}, {num_bytes / 1e6:,.1f} MB", out)
@@ -144,15 +141,3 @@ def write_weights(folder: Path, named: Iterator[tuple[str, Tensor]], dtype: str)
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
     return total
-
-
-def _stored_dtype(model: Folded) -> str:
-    return str(model.checkpoint.weight("model.embed_tokens.weight").dtype).removeprefix("torch.")
-
-
-def _save_generation(generation_config: Any, ref: Any, folder: Path) -> None:
-    """Hand on how the model generates, if it says so."""
-    try:
-        generation_config.from_pretrained(ref.location, revision=ref.revision).save_pretrained(folder)
-    except OSError:
-        return  # it has no such file

@@ -17,16 +17,16 @@ def convert(
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
 ) -> None:
     """Read a pickled checkpoint, weights only (no code in it is run), and write it as a folder of safetensors."""
-    from pkt_stages.models.load import load_config, load_tokenizer, read_whole, resolve
+    from pkt_stages.models.load import load_tokenizer, put_together, resolve, save_model
+    from pkt_stages.models.rows import Checkpoint
 
     watch = Stopwatch()
     ref = resolve(model)
     if out.exists():
         raise UserError(f"{out}: is there already; give a new folder")
-    load_config(ref)
-    tokenizer = load_tokenizer(ref)
-    loaded = read_whole(ref, dtype="auto", use_safetensors=False, weights_only=True)
+    load_tokenizer(ref)  # before the weights, which take long
+    checkpoint = Checkpoint(ref, pickled=True)
+    loaded = put_together(ref, checkpoint, checkpoint.dtype, "cpu")
     with artifacts.replaced_folder(out, "config.json") as folder:
-        loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_model(loaded, ref, folder)
     watch.summary("convert", f"{sum(p.numel() for p in loaded.parameters()):,} parameters as safetensors", out)

@@ -90,7 +90,7 @@ def write_model(
     Raises:
         UserError: as `merge`, or the folder cannot be written.
     """
-    from pkt_stages.models.load import ModelRef, load_model, load_tokenizer, weights_hash
+    from pkt_stages.models.load import ModelRef, load_model, save_model, weights_hash
     from pkt_stages.models.merge import merge
 
     model = load_model(ref, dtype=dtype, device=device)
@@ -99,8 +99,7 @@ def write_model(
     expected = weights_hash(model.state_dict())
     assert expected != before, "merging changed no weight"
     with artifacts.replaced_folder(out, "config.json") as folder:
-        model.save_pretrained(folder)
-        load_tokenizer(ref).save_pretrained(folder)
+        save_model(model, ref, folder)
         del model
         # Published code saves an unchanged base without noticing.
         saved = load_model(ModelRef(str(folder)), device=device)

@@ -130,7 +130,7 @@ def test_bad_options(
         ),
         (lambda f, t: changed_model(f, t, max_position_embeddings=8), "example toy_0: "),
         (nan_model, "weight model.layers.1.mlp.up_proj.weight holds NaN or infinity; the checkpoint is broken"),
-        (truncated_model, "the model cannot be loaded"),
+        (truncated_model, "model.safetensors: not a readable safetensors file ("),
     ],
 )
 def test_bad_models(
