@@ -160,6 +160,19 @@ def test_wrong_kind_foreign_and_old_files(tmp_path: Path) -> None:
         artifacts.load(path, KIND)
 
 
+def test_metadata_that_lack_something(tmp_path: Path) -> None:
+    """Whoever asks for it says so in one line, at any depth."""
+    path = tmp_path / "h.safetensors"
+    artifacts.save(path, KIND, hypernetwork(), {"target": {"model": {"name": "x"}}})
+    meta = artifacts.load(path, KIND).meta
+    assert meta["target"] == {"model": {"name": "x"}} and meta.get("source") is None
+    lacks = f"{path}: make it again with `pkt align`; its metadata lack "
+    for key, look in (("source", lambda: meta["source"]), ("revision", lambda: meta["target"]["model"]["revision"])):
+        with pytest.raises(UserError) as caught:
+            look()
+        assert str(caught.value) == f"{lacks}{key!r}"
+
+
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

@@ -18,14 +18,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from pkt_stages import artifacts
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 from pkt_stages.models.adapters import CONFIG, WEIGHTS, Adapter, is_adapter, load_adapter, save_adapter
 from pkt_stages.models.inject import Delta, SparseDelta
 
 LIST = "changes.json"
 # What a row's metadata always has. `command` made it, for the `method` of the params (or None); `target` and `source`
 # (or None) are `load.identity`; `params` are the settings in force.
-META = ("command", "method", "target", "source", "params")
+META = {"command": str, "method": str | None, "target": dict | None, "source": dict | None, "params": dict}
 ChangeKind = Literal["sparse", "low_rank", "dense"]
 
 
@@ -209,6 +209,7 @@ def read_changes(path: Path) -> Changes:
     kind = artifacts.kind_of(path, (artifacts.DELTA, artifacts.DENSE_DELTA))
     dense, said = kind is artifacts.DENSE_DELTA, artifacts.load(path, kind).meta
     meta = {key: said[key] for key in META if key in said}
+    _check_meta(path, meta)
     facts = {key: value for key, value in said.items() if key not in (*META, "kind", "schema_version", "label")}
     return Changes(path, meta, {path.stem: Stored(path.stem, "dense" if dense else "sparse", path, facts)})
 
@@ -223,6 +224,7 @@ def _listed(folder: Path) -> Changes:
     if not isinstance(found, dict) or (missing := [key for key in (*META, "changes") if key not in found]):
         lacks = f"it lacks {missing[0]!r}" if isinstance(found, dict) else f"it is a {type(found).__name__}"
         raise UserError(f"{path}: no list of changes ({lacks}); make the row again")
+    _check_meta(path, found)
     entries = found.pop("changes")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: `changes`: expected a list with at least one change; make the row again")
@@ -233,6 +235,13 @@ def _listed(folder: Path) -> Changes:
             raise UserError(f"{path}: two changes are called {stored.label!r}; make the row again")
         items[stored.label] = stored
     return Changes(folder, found, items)
+
+
+def _check_meta(path: Path, meta: Mapping[str, Any]) -> None:
+    """Raise UserError unless what is said of a row has the types that `META` gives."""
+    for key, kind in META.items():
+        if key in meta and not isinstance(meta[key], kind):
+            raise UserError(f"{path}: `{key}`: found {shown(meta[key])}; make the row again")
 
 
 def _entry(path: Path, place: int, entry: Any) -> Stored:

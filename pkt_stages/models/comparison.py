@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pkt_stages import artifacts
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, Changes, Stored
 from pkt_stages.models.load import ModelRef, load_config
@@ -94,8 +94,10 @@ def start_of(row: Changes, stored: Stored, submatrices: Path | None, target: Map
     Raises:
         UserError: see above, or a file of another target.
     """
-    settings = row.meta.get("params", {}) if stored.kind == "low_rank" else {}
+    settings: Mapping[str, Any] = row.meta.get("params", {}) if stored.kind == "low_rank" else {}
     init = settings.get("init")
+    if init is not None and not isinstance(settings.get("rank"), int):
+        raise UserError(f"{row.path}: its params name init {shown(init)}, but no rank; make the row again")
     if submatrices is None:
         if init == "seeking":
             raise UserError(f"{row.path}: init seeking needs --submatrices (from `pkt seek`)")
