@@ -18,7 +18,10 @@ def shown(value: Any) -> str:
     short = reprlib.Repr()
     short.maxlevel = 3
     short.maxstring = short.maxother = short.maxlong = 80
-    text = short.repr(value)
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        text = f"a {type(value).__name__} with too many digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -183,12 +183,24 @@ def test_yaml_that_stands_for_more_than_it_says(pkt: Run, tmp_path: Path, model:
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("content", [{"repo": ["x"] * 10**5, "revision": "y"}, {"repo": "x" * 10**6}, ["x"] * 10**5])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"repo": ["x"] * 10**5, "revision": "y"},
+        {"repo": "x" * 10**6},
+        {"repo": "x" * 10**6, "revision": "y"},
+        ["x"] * 10**5,
+        f"repo: 0x{'f' * 10**4}",
+        "0x" + "f" * 10**4,
+    ],
+    ids=["list", "text", "name", "no mapping", "number in a mapping", "number"],
+)
 def test_what_is_quoted_is_cut(pkt: Run, tmp_path: Path, content: Any) -> None:
     (tmp_path / "m").mkdir()
-    (tmp_path / "m/hub.yaml").write_text(json.dumps(content))
+    (tmp_path / "m/hub.yaml").write_text(content if isinstance(content, str) else json.dumps(content))
     status, _, err = pkt("attribute", "--model", tmp_path / "m", "--extract", tmp_path / "e", "--out", tmp_path / "o")
-    assert status == 2 and len(err) < 1000 and err.startswith(f"pkt: error: {tmp_path}/m/hub.yaml: expected ")
+    assert status == 2 and len(err) < 1000 and err.startswith(f"pkt: error: {tmp_path}/m/hub.yaml: ")
+    assert ": expected " in err and "found " in err
 
 
 @pytest.mark.parametrize("repo", ["../model", "/etc/x", "~/model", "./model", "a/b/c", "model", "owner/..", "o/m@main"])

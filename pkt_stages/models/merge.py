@@ -53,7 +53,7 @@ def merge(model: Module, change: Change, *, scale: float = 1.0, allow_rounding_l
             would be lost to rounding and `allow_rounding_loss` is not set. Then nothing is changed.
     """
     parts = list(_parts(model, change, scale))
-    report = _report(parts, model, allow_rounding_loss)
+    report = _report(parts, model, _kind(change), allow_rounding_loss)
     for part in parts:
         part.write(part.sum().after)
     return report
@@ -70,7 +70,7 @@ def merged(
     """
     with torch.no_grad():
         parts = list(_parts(model, change, scale))
-        report = _report(parts, model, allow_rounding_loss)
+        report = _report(parts, model, _kind(change), allow_rounding_loss)
     taken: list[tuple[_Part, Tensor]] = []
     try:
         for part in parts:
@@ -167,7 +167,11 @@ def _whole(model: Module, name: str, what: str, added: Callable[[], Tensor], sca
     return _Part(name, weight, slice(None), fitting, scale)
 
 
-def _report(parts: list[_Part], model: Module, allow_rounding_loss: bool) -> MergeReport:
+def _kind(change: Change) -> str:
+    return "adapter" if isinstance(change, Adapter) else "delta"
+
+
+def _report(parts: list[_Part], model: Module, what: str, allow_rounding_loss: bool) -> MergeReport:
     lost = total = 0.0
     num_changed = {}
     for part in parts:
@@ -178,15 +182,15 @@ def _report(parts: list[_Part], model: Module, allow_rounding_loss: bool) -> Mer
         total += float(added.square().sum())
         num_changed[part.name] = int((found.after != found.before).sum())
     if not total < float("inf"):
-        raise UserError("the delta holds NaN or infinity; nothing was injected")
+        raise UserError(f"the {what} holds NaN or infinity; nothing was injected")
     loss = (lost / total) ** 0.5 if total else 0.0
     dtype = str(model.dtype).removeprefix("torch.")
     if not loss <= ROUNDING_REFUSE and not allow_rounding_loss:
         raise UserError(
-            f"rounding to {dtype} would lose {loss:.0%} of the delta's norm (limit {ROUNDING_REFUSE:.0%});"
+            f"rounding to {dtype} would lose {loss:.0%} of the {what}'s norm (limit {ROUNDING_REFUSE:.0%});"
             " choose a wider dtype (--dtype float32); inject and export take --allow-rounding-loss, too"
         )
     if not any(num_changed.values()):
         why = f"all of it was lost to rounding to {dtype}" if total else "it is zero"
-        raise UserError(f"injecting the delta would change no weight: {why}")
+        raise UserError(f"injecting the {what} would change no weight: {why}")
     return MergeReport(loss, sum(num_changed.values()), tuple(sorted(n for n, count in num_changed.items() if count)))
