@@ -210,4 +210,4 @@ def _is_target(module: str, targets: Any) -> bool:
 
 
 def _kind(config: Any) -> str:
-    return str(config.get("peft_type", "no peft_type")) if isinstance(config, dict) else type(config).__name__
+    return shown(config.get("peft_type", "no peft_type")) if isinstance(config, dict) else type(config).__name__

@@ -88,7 +88,7 @@ def test_bad_files(tmp_path: Path) -> None:
     save_adapter(folder, adapter(), "target")
     config = json.loads((folder / CONFIG).read_text())
     for key, value, expected in (
-        ("peft_type", "LOHA", "expected a LoRA adapter, found LOHA"),
+        ("peft_type", "LOHA", "expected a LoRA adapter, found 'LOHA'"),
         (
             "use_dora",
             True,
