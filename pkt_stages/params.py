@@ -176,7 +176,7 @@ def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:
             bounds = fields[name].metadata.get("bounds", {})
             if one is not None and not all(_BOUNDS[kind][0](one, bound) for kind, bound in bounds.items()):
                 wanted = " and ".join(f"{_BOUNDS[kind][1]} {bound}" for kind, bound in bounds.items())
-                raise UserError(f"{where}: {name} must be {wanted}, found {one}")
+                raise UserError(f"{where}: {name} must be {wanted}, found {shown(one)}")
     try:
         return cls(**converted)
     except ValueError as error:

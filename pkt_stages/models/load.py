@@ -91,7 +91,7 @@ def _check_sizes(pointer: Path, sizes: Mapping[str, int]) -> None:
     """Raise UserError unless these are a geometry's sizes, all of them."""
     build(Geometry, sizes, f"{pointer}: sizes")
     if small := [name for name, size in sizes.items() if size < 1]:
-        raise UserError(f"{pointer}: sizes: {small[0]}: expected a number above 0, found {sizes[small[0]]}")
+        raise UserError(f"{pointer}: sizes: {small[0]}: expected a number above 0, found {shown(sizes[small[0]])}")
 
 
 def load_config(ref: ModelRef) -> Any:
@@ -131,7 +131,7 @@ def load_config(ref: ModelRef) -> Any:
         # Padding rows come and go.
         if name != "vocab_size" and vars(sizes).get(name) != size:
             found = vars(sizes).get(name)
-            raise UserError(f"{ref.location}: {name} is {found}, its hub.yaml says {size}; correct it there")
+            raise UserError(f"{ref.location}: {name} is {found}, its hub.yaml says {shown(size)}; correct it there")
     return config
 
 
