@@ -55,7 +55,10 @@ def derive(inputs: Inputs, params: Params) -> Derived:
             raise UserError(f"{row.path}: its change {label!r} is not of whole weights; give a transport's row")
     tasks = encoded_tasks(load_tokenizer(target), folder, params)
     wanted = sorted({name for change in changes.values() for name in change.weights})
-    descent = descent_signs(load_model(target, dtype=params.dtype, device=inputs.device), tasks, wanted, params.signs)
+    model = load_model(target, dtype=params.dtype, device=inputs.device)
+    if odd := sorted(set(wanted) - {name for name, _ in model.named_parameters()}):
+        raise UserError(f"{row.path}: changes {odd[0]}, which {target.location} does not have; give its own target")
+    descent = descent_signs(model, tasks, wanted, params.signs)
     made = {
         label: DenseDelta({name: masked(weight, descent[name], params.mode) for name, weight in change.weights.items()})
         for label, change in changes.items()
