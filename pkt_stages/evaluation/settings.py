@@ -55,7 +55,7 @@ class EvaluateParams(AnswerParams):
 
     num_samples: int = option(1, "Answers per example; more than one needs a temperature.", ge=1)
     top_p: float = option(1.0, "Probability mass that is sampled from.", gt=0, le=1)
-    sandbox_floor: Literal["sandlock", "namespaces", "rlimits"] = option(
+    sandbox_floor: Literal["sandlock", "namespaces", "landlock", "rlimits"] = option(
         "sandlock", "Weakest sandbox in which generated code may run."
     )
     sandbox_seconds: float = option(10.0, "Time limit per sample of generated code, in seconds.", gt=0)

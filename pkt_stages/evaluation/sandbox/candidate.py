@@ -46,7 +46,7 @@ class Theirs:
         self._peer.ask("set", self._number, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._peer.ask("iter", self._number)  # type: ignore[no-any-return]
+        return self._peer.ask("iter", self._number)
 
 
 def stream(peer: Peer, number: int) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pkt_stages.evaluation.sandbox.candidate import Taker, define, exception_type, nearest, stream
-from pkt_stages.evaluation.sandbox.plain import THEIR_METHODS, NotPlain, Peer, message_of, receive, send
+from pkt_stages.evaluation.sandbox.plain import THEIR_METHODS, NotPlain, Peer, check_settable, message_of, receive, send
 
 
 class Remote:
@@ -48,10 +48,10 @@ class Remote:
         self._ask("set", name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._ask("iter")  # type: ignore[no-any-return]
+        return self._ask("iter")
 
     def __len__(self) -> int:
-        return self._ask("len")  # type: ignore[no-any-return]
+        return self._ask("len")
 
     def __getitem__(self, key: Any) -> Any:
         return self._ask("item", key)
@@ -60,13 +60,13 @@ class Remote:
         self._ask("put", key, value)
 
     def __bool__(self) -> bool:
-        return self._ask("bool")  # type: ignore[no-any-return]
+        return self._ask("bool")
 
     def __str__(self) -> str:
-        return self._ask("str")  # type: ignore[no-any-return]
+        return self._ask("str")
 
     def __repr__(self) -> str:
-        return self._ask("repr")  # type: ignore[no-any-return]
+        return self._ask("repr")
 
     def __instancecheck__(self, value: Any) -> bool:
         return isinstance(value, Remote) and self._ask("isinstance", value)
@@ -109,7 +109,10 @@ class Tests(Peer):
         name = values[0]
         if do not in ("get", "set") or not isinstance(name, str) or name.startswith("_") or _is_code(of):
             raise NotPlain(f"{do} of a {type(of).__name__} of the tests")
-        return getattr(of, name) if do == "get" else setattr(of, name, values[1])
+        if do == "get":
+            return getattr(of, name)
+        check_settable(of, name)
+        return setattr(of, name, values[1])
 
     def proxy(self, number: int, kind: str) -> Any:
         return stream(self, number) if kind == "iterator" else Remote(self, number, self._whole)
@@ -194,14 +197,15 @@ def _run_tests(job: dict[str, Any], peer: Tests) -> None:
     }
     defined, kinds, errors = peer.ask("define", None, job["code"], list(peer.shared))
     for name, bases in sorted(errors.items(), key=lambda item: len(item[1])):  # a base before what derives from it
-        known = (exception_type(*base, peer.errors) for base in bases[1:])
+        known = (exception_type(module, name, peer.errors) for module, name in bases[1:])
         peer.errors[name] = names.get(name) or type(name, (next(kind for kind in known if kind),), {})
     tree = ast.parse(f"{job['setup']}\n\n{job['tests']}")
     program = compile(tree, "<tests>", "exec", dont_inherit=True)
-    for name in sorted(_modules(tree) - _bound(program) - set(names) - {entry}):
+    bound = _bound(program)
+    for name in sorted(_modules(tree) - bound - set(names) - {entry}):
         names[name] = importlib.import_module(name)
     wanted = _names(program) | ({entry} if entry else set())
-    own = _bound(program) | set(names) | (set(dir(builtins)) - {entry})
+    own = bound | set(names) | (set(dir(builtins)) - {entry})
     for name in sorted((wanted & set(defined)) - own):
         whole = name in kinds and (name != entry or entry in complete)
         names[name] = peer.errors.get(name) or peer.ask_whole(whole, "name", None, name)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from pkt_stages.evaluation.sandbox.seccomp import filter_program, library
+from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
 Level = Literal["sandlock", "namespaces", "landlock", "rlimits"]
 LEVELS: tuple[Level, ...] = ("sandlock", "namespaces", "landlock", "rlimits")
@@ -202,6 +203,7 @@ def _enter_namespaces(libc: ctypes.CDLL) -> None:
     user, group = os.geteuid(), os.getegid()
     flags = _NEW_USER | _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_CGROUP
     _check(libc.unshare(flags), "user namespaces")
+    libc.prctl(SET_DUMPABLE, 1, 0, 0, 0)  # else these files are not its own
     for name, line in (
         ("setgroups", "deny"),
         ("uid_map", f"{_NOBODY} {user} 1"),

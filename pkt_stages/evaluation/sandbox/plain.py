@@ -58,7 +58,7 @@ _DICTS: dict[str, type[dict[Any, Any]]] = {
     "OrderedDict": collections.OrderedDict,
     "defaultdict": collections.defaultdict,
 }
-_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _MUTABLE = ("list", "set", "bytearray", "deque", "array", "instance", *_DICTS)
 _SINGLE = {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}
 # Types whose name says all: no function is among them, and nothing that equals what it is not.
@@ -69,12 +69,13 @@ NAMED: dict[str, type] = {
         *(type(None), types.FunctionType, *_DICTS.values(), collections.deque, array, *_MADE),
     )
 }
-# What the values above answer by themselves; of any other object these names would be its author's word.
+# What the values above do by themselves; of any other object these would be its author's word.
 THEIR_METHODS = frozenset(
     name
-    for kind in (str, bytes, bytearray, int, float, list, *_SEQUENCES.values(), *_DICTS.values(), collections.deque)
+    for kind in (str, bytes, int, float, *_SEQUENCES.values(), *_DICTS.values(), collections.deque, array, *_MADE)
     for name in dir(kind)
-).union(*(dir(kind) for kind in (array, *_MADE)))
+    if callable(getattr(kind, name))
+)
 
 
 class Peer:
@@ -88,7 +89,7 @@ class Peer:
         self._incoming, self._outgoing = incoming, outgoing
         self._mine: list[Any] = []
         self._numbers: dict[int, int] = {}
-        self.shared: dict[str, type] = {}
+        self.shared: dict[str, Any] = {}
 
     # What the two ends do differently.
 
@@ -288,13 +289,13 @@ class _Packer:
         return ["mine", self._peer.keep(value), "function" if function else "object"]
 
     def items(self, tag: str, values: Any) -> Node:
-        return [tag, self._refs(_SEQUENCES[tag].__iter__(values))]  # type: ignore[attr-defined]
+        return [tag, self._refs(_SEQUENCES[tag].__iter__(values))]
 
     def ordered(self, tag: str, values: Any) -> Node:
         """A list or tuple; one of numbers alone, or of plain texts, is its own JSON."""
-        kinds = set(map(type, values)) if type(values) is _SEQUENCES[tag] else {object}
+        kinds = {type(value) for value in values} if type(values) is _SEQUENCES[tag] else {object}
         flat = kinds <= {float, bool, type(None)}
-        flat = flat or (kinds == {int} and -_LARGE < min(values) and max(values) < _LARGE)
+        flat = flat or (kinds == {int} and min(values) > -_LARGE and max(values) < _LARGE)
         flat = flat or (kinds == {str} and all(map(str.isascii, values)))
         return [f"{tag}*", values if tag == "list" else list(values)] if flat else self.items(tag, values)
 
@@ -444,7 +445,7 @@ class _Unpacker:
         if tag == "namedtuple":
             values = self._values(node[3])
             _check_data(zip(node[2], values, strict=True))
-            return collections.namedtuple(node[1], node[2])(*values)  # type: ignore[misc]
+            return collections.namedtuple(node[1], node[2])(*values)
         if tag == "keys":
             return dict.fromkeys(self._values(node[1])).keys()
         if tag == "values":
@@ -458,7 +459,7 @@ class _Unpacker:
         if tag == "name":
             return self._peer.named(node[1], node[2])
         if tag == "member":
-            return self._peer.shared[node[1]][node[2]]  # type: ignore[index]
+            return self._peer.shared[node[1]][node[2]]
         return _LEAVES[tag](node[1])
 
     def _fill(self, value: Any, node: Node) -> None:
@@ -486,6 +487,7 @@ class _Unpacker:
 
 
 _MISSING = object()
+_EMPTY: dict[str, Callable[[], Any]] = {"list": list, "set": set, "bytearray": bytearray, **_DICTS}
 _LEAVES: dict[str, Callable[[Any], Any]] = {
     "int": lambda inner: int(inner, 16),
     "float": float,
@@ -499,24 +501,27 @@ def _shell(peer: Peer, node: Node) -> Any:
     """An object that can be filled later."""
     tag = _tag(node)
     if tag == "instance":
-        kind = peer.shared[node[1]]
-        return kind.__new__(kind)
+        return object.__new__(peer.shared[node[1]])
     if tag == "deque":
         return collections.deque(maxlen=node[2])
     if tag == "array":
         return array(node[1])
-    return {"list": list, "set": set, "bytearray": bytearray, **_DICTS}[tag]()
+    return _EMPTY[tag]()
 
 
 def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
-    """Data of an instance; what its class does stays the class's."""
     _check_data(attributes.items())
     for name in attributes:
-        its = getattr(type(value), name, None)
-        if callable(its) or hasattr(type(its), "__get__"):
-            raise NotPlain(f"{name} is no data of a {type(value).__name__}")
+        check_settable(value, name)
     value.__dict__.clear()
     value.__dict__.update(attributes)
+
+
+def check_settable(value: Any, name: str) -> None:
+    """Raise NotPlain unless it is data of an instance: what its class does stays the class's."""
+    its = getattr(type(value), name, None)
+    if isinstance(value, type) or callable(its) or hasattr(type(its), "__get__"):
+        raise NotPlain(f"{name} is no data of a {type(value).__name__}")
 
 
 def _check_data(attributes: Iterable[tuple[str, Any]]) -> None:

@@ -90,7 +90,7 @@ def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Lev
 def strongest(*, memory_mb: int) -> tuple[Level | None, str]:
     """The first of LEVELS at which a trial sample passes here, and what keeps this host from those before."""
     command = [*_WORKER, json.dumps({"memory_mb": memory_mb})]
-    tried = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    tried = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if tried.returncode != 0:
         raise RuntimeError(f"a sandbox worker broke: {tried.stderr.strip()[-500:]}")
     found: dict[Level, str] = json.loads(tried.stdout)
@@ -136,7 +136,9 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
 
 def _start_worker(level: Level, limits: Limits, core: int) -> subprocess.Popen[str]:
     settings = json.dumps({"level": level, "core": core, **asdict(limits)})
-    return subprocess.Popen([*_WORKER, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen(
+        [*_WORKER, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def _stop_worker(worker: subprocess.Popen[str], limits: Limits) -> None:

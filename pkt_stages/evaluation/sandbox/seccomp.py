@@ -34,7 +34,7 @@ getresgid getresgid32 getgroups getgroups32 getpgid getpgrp getsid getpriority
 getrlimit ugetrlimit getrusage setrlimit getcpu sysinfo uname getrandom
 sched_yield sched_getaffinity sched_getscheduler sched_getparam sched_get_priority_max sched_get_priority_min
 sched_rr_get_interval
-""".split()  # fmt: skip
+"""
 _THREAD = 0x00010000 | 0x00000100  # CLONE_THREAD, CLONE_VM
 _NEW_NAMESPACES = 0x7E020080
 _EQUAL, _MASKED = 4, 7
@@ -90,7 +90,7 @@ def filter_program() -> bytes:
     if not context:
         raise OSError("libseccomp made no filter")
     try:
-        for name in _ALLOWED:
+        for name in _ALLOWED.split():
             _add(seccomp, context, _ALLOW, name, [])
         for name, arguments in _SOME:
             _add(seccomp, context, _ALLOW, name, arguments)
@@ -107,14 +107,10 @@ def filter_program() -> bytes:
         seccomp.seccomp_release(context)
 
 
-def _add(
-    seccomp: ctypes.CDLL, context: int, action: int, name: str, arguments: Sequence[tuple[int, int, int]]
-) -> None:
+def _add(seccomp: ctypes.CDLL, context: int, action: int, name: str, arguments: Sequence[tuple[int, int, int]]) -> None:
     number = seccomp.seccomp_syscall_resolve_name(name.encode())
     if number < 0:  # this architecture, or this libseccomp, does not have it; so it stays refused
         return
-    compared = (_Compare * len(arguments))(
-        *(_Compare(index, _MASKED, mask, value) for index, mask, value in arguments)
-    )
+    compared = (_Compare * len(arguments))(*(_Compare(index, _MASKED, mask, value) for index, mask, value in arguments))
     if (code := seccomp.seccomp_rule_add_array(context, action, number, len(arguments), compared)) != 0:
         raise OSError(-code, f"libseccomp refused the rule for {name}")

@@ -13,16 +13,19 @@ import os
 import random
 import resource
 import signal
+import site
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 from pkt_stages.evaluation.sandbox.candidate import run_candidate
 from pkt_stages.evaluation.sandbox.checker import run_checker, run_plain
 
-ROLES = {"plain": run_plain, "candidate": run_candidate, "check": run_checker}
+ROLES: dict[str, Callable[..., None]] = {"plain": run_plain, "candidate": run_candidate, "check": run_checker}
 OWN_PID = 0x5ECC09D5  # in the filter's program in place of the process's own number
 MAX_OPEN_FILES = 64
+SET_DUMPABLE = 4
 _M_ARENA_MAX, _SET_SECCOMP, _MODE_FILTER = -8, 22, 2
 
 
@@ -39,6 +42,8 @@ def serve(filter_program: bytes) -> None:
     os.dup2(1, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a PID namespace's first process ignores what it does not handle
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)  # its memory is nobody's, although its samples are of the same user
+    site.setquit()
     libc.mallopt(_M_ARENA_MAX, 1)  # an arena per thread would take 64 MB of address space each
     gc.freeze()
     while True:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, Server, Unavailable, seccomp_filter, start
 from pkt_stages.evaluation.sandbox.plain import framed
+from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
 _SET_CHILD_SUBREAPER = 36
 _CHECKER_MEMORY_MB = 2048
@@ -202,17 +203,19 @@ def _children() -> set[int]:
             continue  # a thread ended between the two looks; its children are another's now
 
 
+_IN_SANDBOX = ("plain", "candidate", "checker", "server")
+
+
 @functools.cache
 def _program(filter_program: bytes) -> bytes:
     """What runs in a sandbox, as one program, since it can read none of this package's files; compiled already."""
     folder = Path(__file__).parent
-    texts = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in ("plain", "candidate", "checker", "server")]
-    lines = [line for line in "\n".join(texts).splitlines() if not line.startswith(_NOT_THERE)]
-    lines = ["from __future__ import annotations", *lines, f"serve({filter_program!r})"]
+    lines = ["from __future__ import annotations"]
+    for name in _IN_SANDBOX:
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        lines += [line for line in text.splitlines() if not line.startswith(("from __future__", "from pkt_stages"))]
+    lines.append(f"serve({filter_program!r})")
     return marshal.dumps(compile("\n".join(lines), "<sandbox>", "exec", dont_inherit=True))
-
-
-_NOT_THERE = ("from __future__", "from pkt_stages")
 
 
 def probe(memory_mb: int) -> Iterator[tuple[Level, str]]:
@@ -235,7 +238,9 @@ def probe(memory_mb: int) -> Iterator[tuple[Level, str]]:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
     if "level" not in settings:
         print(json.dumps(dict(probe(settings["memory_mb"]))))
         return
