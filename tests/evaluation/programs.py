@@ -845,7 +845,7 @@ def reaching(values: Mapping[str, object]) -> dict[str, Job]:
     for name, act in REACHING.items():
         for key, value in values.items():
             act = act.replace(f"{{{key}}}", str(value))
-        found[name] = Job(f"{_SYSCALL}def f(x):\n    {act}\n    return x * x\n", "", "f", "", SQUARE, "")
+        found[name] = Job(f"{_SYSCALL}def f(x):\n    {act}\n    return x * x\n", "", "f", "", "assert f(2) == 4", "")
     return found
 
 

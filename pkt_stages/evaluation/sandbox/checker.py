@@ -32,7 +32,7 @@ class Remote:
 
     __slots__ = ("_number", "_peer", "_whole")
 
-    def __init__(self, peer: Tests, number: int, whole: bool) -> None:
+    def __init__(self, peer: Checker, number: int, whole: bool) -> None:
         for name, value in (("_peer", peer), ("_number", number), ("_whole", whole)):
             object.__setattr__(self, name, value)
 
@@ -81,7 +81,7 @@ class Remote:
         return self._peer.ask_whole(self._whole, do, self._number, *values)
 
 
-class Tests(Peer):
+class Checker(Peer):
     """The side of the tests."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
@@ -162,7 +162,7 @@ def run_plain(given: int, verdict: int) -> None:
 def run_checker(given: int, verdict: int, outgoing: int, incoming: int) -> None:
     """Judge a job whose generated code is in another process."""
     job = json.loads(receive(given))
-    send(verdict, json.dumps(_judged(lambda: _run_tests(job, Tests(incoming, outgoing)))).encode())
+    send(verdict, json.dumps(_judged(lambda: _run_tests(job, Checker(incoming, outgoing)))).encode())
 
 
 def _judged(run: Callable[[], None]) -> dict[str, str]:
@@ -178,7 +178,7 @@ def _judged(run: Callable[[], None]) -> dict[str, str]:
     return {"verdict": "passed", "message": ""}
 
 
-def _run_tests(job: dict[str, Any], peer: Tests) -> None:
+def _run_tests(job: dict[str, Any], peer: Checker) -> None:
     """Run tests against the candidate's process; what fails raises.
 
     Args:
