@@ -54,7 +54,9 @@ def test_honest_programs_are_judged_as_python_judges_them(level: levels.Level) -
 
 @pytest.mark.parametrize("weaker", ["namespaces", "landlock", "rlimits"])
 def test_every_level_judges_the_same(weaker: levels.Level) -> None:
-    jobs = {name: Job(code, prefix, "f", setup, tests, "") for name, (prefix, code, setup, tests) in programs.OTHERS.items()}
+    jobs = {
+        name: Job(code, prefix, "f", setup, tests, "") for name, (prefix, code, setup, tests) in programs.OTHERS.items()
+    }
     expected = programs.python_passes(jobs)
     found = dict(zip(jobs, judge(list(jobs.values()), weaker, ROOMY), strict=True))
     assert {name: str(v) for name, v in found.items() if (v.outcome == "passed") != expected[name]} == {}
@@ -68,15 +70,34 @@ def test_nothing_forges_a_verdict(where: levels.Level) -> None:
     found = dict(zip(hostile, verdicts[::2], strict=True))
     assert [name for name, v in found.items() if v.outcome == "passed"] == []
     assert set(verdicts[1::2]) == {Verdict("passed", "")}
-    outcomes = {"wrong": "failed", "equals everything": "disputed", "endswith": "disputed", "pushes answers ahead": "disputed", "writes a verdict and leaves": "disputed"}
-    outcomes |= {"replaces a module": "disputed", "crashes": "error", "leaves while called": "error", "sys.exit": "error", "a memory bomb": "memory"}
-    outcomes |= {name: "timeout" for name in found if name.startswith("an endless loop")} | {"endless output": "timeout", "an endless sleep": "timeout", "stops itself": "timeout"}
+    outcomes = {
+        "wrong": "failed",
+        "equals everything": "disputed",
+        "endswith": "disputed",
+        "pushes answers ahead": "disputed",
+        "writes a verdict and leaves": "disputed",
+    }
+    outcomes |= {
+        "replaces a module": "disputed",
+        "crashes": "error",
+        "leaves while called": "error",
+        "sys.exit": "error",
+        "a memory bomb": "memory",
+    }
+    outcomes |= {name: "timeout" for name in found if name.startswith("an endless loop")} | {
+        "endless output": "timeout",
+        "an endless sleep": "timeout",
+        "stops itself": "timeout",
+    }
     assert {name: found[name].outcome for name in outcomes} == outcomes
     assert all(v.message.isprintable() for v in verdicts)
     assert _strays() == []
 
 
-@pytest.mark.parametrize(("where", "can"), [("sandlock", set()), ("namespaces", set()), ("landlock", {"sees that a file exists", "sees another process"})])
+@pytest.mark.parametrize(
+    ("where", "can"),
+    [("sandlock", set()), ("namespaces", set()), ("landlock", {"sees that a file exists", "sees another process"})],
+)
 def test_nothing_reaches_out_of_its_sandbox(where: levels.Level, can: set[str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "600"]) as bystander:
         hostile = programs.reaching(programs.places(tmp_path, server.getsockname()[1], bystander.pid))
@@ -102,8 +123,22 @@ def _fixed(stat: os.stat_result) -> tuple[float, ...]:
 def test_what_the_hostile_samples_try_is_possible_without_a_sandbox(tmp_path: Path) -> None:
     """Else their verdicts would say nothing. Only what harms nothing but a folder of this test's own is tried."""
     names = ("reads a system file", "reads a secret", "reads a secret through a link", "sees that a file exists")
-    names += ("appends to a file", "truncates a file", "changes a mode", "changes times", "makes a hard link", "a file in memory")
-    names += ("TCP", "TCP Fast Open", "a socket that listens", "a bound socket", "runs a program", "reads its parent's limits")
+    names += (
+        "appends to a file",
+        "truncates a file",
+        "changes a mode",
+        "changes times",
+        "makes a hard link",
+        "a file in memory",
+    )
+    names += (
+        "TCP",
+        "TCP Fast Open",
+        "a socket that listens",
+        "a bound socket",
+        "runs a program",
+        "reads its parent's limits",
+    )
     names += ("sees another process", "shared memory by mmap", "a larger pipe", "100 open files", "removes a file")
     with socket.create_server(("127.0.0.1", 0)) as server:
         for name in names:
@@ -313,7 +348,19 @@ def _peers() -> tuple[Checker, Candidate]:
 def test_values_survive_the_line() -> None:
     tests, candidate = _peers()
     shared: list[Any] = [1]
-    value = [(), frozenset({1}), {"a": {1: b"\x00"}}, range(1, 9, 2), '\ud800\n"\\', -(2**80), 1e300, True, -0.0, shared, shared]
+    value = [
+        (),
+        frozenset({1}),
+        {"a": {1: b"\x00"}},
+        range(1, 9, 2),
+        '\ud800\n"\\',
+        -(2**80),
+        1e300,
+        True,
+        -0.0,
+        shared,
+        shared,
+    ]
     packer = _Packer(candidate, [])
     refs = [packer.ref(value)]
     message = json.loads(json.dumps({"nodes": packer.finish(), "values": refs}))
@@ -336,7 +383,9 @@ def test_malformed_messages_are_refused() -> None:
         while isinstance(at, list) and at and (chance.random() < 0.8 or at is message["nodes"]):
             where, number = at, chance.randrange(len(at))
             at = at[number]
-        where[number] = chance.choice([None, -1, 0, 10**6, "x", "list", "mine", [[0]], [[99]], {}, [], ["tuple", [[0]]], 1.5])
+        where[number] = chance.choice(
+            [None, -1, 0, 10**6, "x", "list", "mine", [[0]], [[99]], {}, [], ["tuple", [[0]]], 1.5]
+        )
         try:
             _Unpacker(tests, message, []).values(message["values"])
         except NotPlain:

@@ -14,6 +14,7 @@ import builtins
 import dis
 import importlib
 import json
+import marshal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class Remote:
         return self._ask("call", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or (name in THEIR_METHODS and not self._whole):
+        if (name.startswith("__") and name not in _SHOWN) or (name in THEIR_METHODS and not self._whole):
             raise AttributeError(f"{name!r} of an object of the candidate's own")
         return self._ask("get", name)
 
@@ -68,6 +69,12 @@ class Remote:
     def __repr__(self) -> str:
         return self._ask("repr")
 
+    def __enter__(self) -> Any:
+        return self._ask("enter")
+
+    def __exit__(self, *raised: Any) -> None:
+        self._ask("exit")
+
     def __instancecheck__(self, value: Any) -> bool:
         return isinstance(value, Remote) and self._ask("isinstance", value)
 
@@ -79,6 +86,26 @@ class Remote:
 
     def _ask(self, do: str, *values: Any) -> Any:
         return self._peer.ask_whole(self._whole, do, self._number, *values)
+
+
+def _operator(name: str, reflected: bool) -> Callable[[Remote, Any], Any]:
+    """Between objects of the candidate's it is theirs; with a value of the tests only where the object is tested."""
+
+    def method(self: Remote, other: Any) -> Any:
+        if not (self._whole or isinstance(other, Remote)):
+            return NotImplemented
+        return self._ask("operator", name, other, reflected)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor"):
+    for _prefix in ("", "r"):
+        setattr(Remote, f"__{_prefix}{_name.rstrip('_')}__", _operator(_name, bool(_prefix)))
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Remote, f"__{_name}__", _operator(_name, False))
+_SHOWN = ("__name__", "__qualname__", "__dict__", "__wrapped__")  # data of an object, for all their names
+_SCALARS = (type(None), bool, int, float, str)
 
 
 class Checker(Peer):
@@ -106,6 +133,8 @@ class Checker(Peer):
         if do == "call":
             args, kwargs = values
             return of(*args, **kwargs)
+        if do == "input":
+            return builtins.input(values[0])
         name = values[0]
         if do not in ("get", "set") or not isinstance(name, str) or name.startswith("_") or _is_code(of):
             raise NotPlain(f"{do} of a {type(of).__name__} of the tests")
@@ -114,8 +143,27 @@ class Checker(Peer):
         check_settable(of, name)
         return setattr(of, name, values[1])
 
-    def proxy(self, number: int, kind: str) -> Any:
+    def proxy(self, number: int, kind: str, more: list[Any]) -> Any:
+        if kind == "coroutine":
+            return self._awaited(number)
         return stream(self, number) if kind == "iterator" else Remote(self, number, self._whole)
+
+    async def _awaited(self, number: int) -> Any:
+        return self.ask("await", number)
+
+    def code_of(self, function: types.FunctionType) -> list[Any]:
+        """Of a function that needs built-ins, modules of the standard library and its arguments alone."""
+        code, names, modules = function.__code__, function.__globals__, {}
+        if code.co_freevars or function.__kwdefaults__ or function.__dict__:
+            return []
+        if any(type(value) not in _SCALARS for value in function.__defaults__ or ()):
+            return []
+        for name in _globals(code):
+            if isinstance(names.get(name), types.ModuleType) and (module := self.name_of(names[name])):
+                modules[name] = module[0]
+            elif name in names or not hasattr(builtins, name):
+                return []
+        return [marshal.dumps(code).hex(), modules, function.__defaults__]
 
     def number_of(self, proxy: Any) -> int | None:
         return int(proxy._number) if type(proxy) is Remote else None
@@ -236,6 +284,13 @@ def _names(code: types.CodeType) -> set[str]:
     """All global names that a piece of code reads or writes, nested functions included."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*map(_names, inner))
+
+
+def _globals(code: types.CodeType) -> set[str]:
+    """The global names that a function's code uses, nested functions included."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    used = {str(step.argval) for step in dis.get_instructions(code) if step.opname.endswith(("_GLOBAL", "_NAME"))}
+    return (used - {"__name__"}).union(*map(_globals, inner))
 
 
 def _modules(tree: ast.Module) -> set[str]:

@@ -24,7 +24,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from uuid import UUID
 
-MAX_MESSAGE = 64 << 20  # bytes
+MAX_MESSAGE = 256 << 20  # bytes
 _HEADER_SIZE = 4  # bytes: a message's length, big-endian
 _LARGE = 2**53  # integers below it are the same in every reader of JSON
 
@@ -97,8 +97,12 @@ class Peer:
         """Do what was asked of an object (None: of this side itself)."""
         raise NotImplementedError
 
-    def proxy(self, number: int, kind: str) -> Any:
-        """What stands here for the other side's object; `kind` is "iterator", "function" or "object"."""
+    def proxy(self, number: int, kind: str, more: list[Any]) -> Any:
+        """What stands here for the other side's object.
+
+        Args:
+            kind: iterator, coroutine, function (its name in `more`, and its `code` if it has some), or object.
+        """
         raise NotImplementedError
 
     def number_of(self, proxy: Any) -> int | None:
@@ -117,6 +121,10 @@ class Peer:
         """The module and name that the other side will know a type by."""
         known = isinstance(value, type) and NAMED.get(value.__name__) is value
         return ("", value.__name__) if known else None
+
+    def code_of(self, function: types.FunctionType) -> list[Any]:
+        """What the other side needs to have a function itself; nothing: it stays here, and is called from there."""
+        return []
 
     def printed(self) -> str:
         """What was printed here since the last answer."""
@@ -285,8 +293,10 @@ class _Packer:
             return ["mine", self._peer.keep(value), "iterator"]
         if named := self._peer.name_of(value):
             return ["name", *named]
-        function = isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType))
-        return ["mine", self._peer.keep(value), "function" if function else "object"]
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+            code = self._peer.code_of(value) if isinstance(value, types.FunctionType) else []
+            return ["mine", self._peer.keep(value), "function", value.__name__, *code]
+        return ["mine", self._peer.keep(value), "coroutine" if isinstance(value, types.CoroutineType) else "object"]
 
     def items(self, tag: str, values: Any) -> Node:
         return [tag, self._refs(_SEQUENCES[tag].__iter__(values))]
@@ -453,7 +463,7 @@ class _Unpacker:
         if tag == "items":
             return dict(zip(self._values(node[1]), self._values(node[2]), strict=True)).items()
         if tag == "mine":
-            return self._peer.proxy(int(node[1]), str(node[2]))
+            return self._peer.proxy(int(node[1]), str(node[2]), node[3:])
         if tag == "yours":
             return self._peer.kept(node[1])
         if tag == "name":
@@ -557,6 +567,13 @@ def receive(pipe: int) -> bytes:
 def framed(body: bytes) -> bytes:
     """A message with its length in front."""
     return len(body).to_bytes(_HEADER_SIZE, "big") + body
+
+
+def unframed(told: bytes) -> bytes | None:
+    """The body of the first message, when all of it is there."""
+    size = int.from_bytes(told[:_HEADER_SIZE], "big")
+    end = _HEADER_SIZE + size
+    return told[_HEADER_SIZE:end] if len(told) >= end else None
 
 
 def send(pipe: int, body: bytes) -> None:

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, Server, Unavailable, seccomp_filter, start
-from pkt_stages.evaluation.sandbox.plain import framed
+from pkt_stages.evaluation.sandbox.plain import framed, unframed
 from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
 _SET_CHILD_SUBREAPER = 36
 _CHECKER_MEMORY_MB = 2048
-_APART = 3  # times as long as beside its tests a sample may take apart from them: each value is carried
+# Apart from its tests a sample may take more than its limits, which hold beside them: each value has to be carried.
+_APART = 3  # times as long
+_CARRYING_MB = 1024
 _MAX_VERDICT = 1 << 16  # bytes
 _TICK = 0.1  # seconds
 _GRACE = 1.0  # seconds in which a process ends that has nothing left to do
@@ -99,7 +101,8 @@ class Worker:
             else:
                 (asked, asking), (answering, answered) = os.pipe(), os.pipe()
                 ends = [asked, answered]
-                candidates.run("candidate", ends, memory_mb=self._memory_mb, cpu_seconds=cpu_seconds)
+                memory_mb = self._memory_mb + _CARRYING_MB
+                candidates.run("candidate", ends, memory_mb=memory_mb, cpu_seconds=cpu_seconds)
                 judge = self._server("checkers")
                 ends = [given, told, asking, answering]
                 judge.run(role, ends, memory_mb=_CHECKER_MEMORY_MB, cpu_seconds=cpu_seconds)
@@ -171,10 +174,11 @@ def _exchange(giving: int, body: bytes, telling: int, clock: Clock) -> dict[str,
 
 def _verdict(told: bytes) -> dict[str, str] | None:
     """The verdict, when all of it has arrived. It may be the candidate's word, so it may be anything."""
-    if len(told) < 4 or told != framed(told[4:]):
+    body = unframed(told)
+    if body is None:
         return None
     try:
-        found = json.loads(told[4:])
+        found = json.loads(body)
         verdict, message = found["verdict"], found["message"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
