@@ -161,7 +161,7 @@ def evaluate_model(
     if its.judge is not None:
         limits = its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
         level = its.judge.choose_level(sandbox_floor, limits)
-        sandbox = {"level": level, "stops": its.judge.STOPS[level]}
+        sandbox = its.judge.described(level)
 
     from lm_eval import evaluator
 

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Literal, get_args
 
 from pkt_stages.errors import UserError, printable
-from pkt_stages.evaluation.sandbox.levels import LEVELS, Level
+from pkt_stages.evaluation.sandbox.levels import LEVELS, STOPS, Level
 from pkt_stages.progress import track
 
 _WORKER = (sys.executable, "-m", "pkt_stages.evaluation.sandbox.worker")
@@ -96,6 +96,11 @@ def strongest(*, memory_mb: int) -> tuple[Level | None, str]:
     found: dict[Level, str] = json.loads(tried.stdout)
     level = next((level for level, reason in found.items() if not reason), None)
     return level, "; ".join(f"{level}: {reason}" for level, reason in found.items() if reason)
+
+
+def described(level: Level) -> dict[str, str]:
+    """A level with what it stops, for the metrics."""
+    return {"level": level, "stops": STOPS[level]}
 
 
 def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | None = None) -> list[Verdict]:
