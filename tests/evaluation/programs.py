@@ -977,7 +977,7 @@ def table(paths: Sequence[Path]) -> None:
     """Print, per level, how many honest verdicts are Python's, and which hostile programs are not stopped."""
     honest = generated() | references([*TINY, *paths])
     expected = python_passes(honest)
-    limits = Limits(10.0, 1024)
+    limits = Limits(30.0, 1024)  # an MBPP solution computes for 9 s
     first = next(level for level, reason in probe(limits.memory_mb) if not reason)
     for level in LEVELS[LEVELS.index(first) :]:
         found = judge(list(honest.values()), level, limits)
