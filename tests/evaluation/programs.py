@@ -423,6 +423,18 @@ OTHERS: dict[str, tuple[str, str, str, str]] = {
         "class Item:\n    def __init__(self, p):\n        self.price = p\n    def double(self):\n        return 2 * self.price",
         "i = Item(1)\nassert f(i) == 4 and i.price == 2",
     ),
+    "a class of the tests that sorts and holds": (
+        "",
+        "def f(xs):\n    return sorted(xs)[0].v, len(xs[0]), xs[0][1], xs[0] == xs[0], str(xs[0]), len(set(xs))\n",
+        "class Item:\n    def __init__(self, v):\n        self.v = v\n    def __lt__(self, o):\n        return self.v < o.v\n    def __len__(self):\n        return 7\n    def __getitem__(self, i):\n        return i + self.v\n    def __str__(self):\n        return 'item'",
+        "assert f([Item(2), Item(1)]) == (1, 7, 3, True, 'item', 2)",
+    ),
+    "objects of its own in a set": (
+        "",
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\ndef f(x):\n    return P(x)\n",
+        "",
+        "assert len({f(1), f(1), f(2)}) == 2 and f(1) in [f(0), f(1)]",
+    ),
     "a class as an argument": (
         "",
         "def f(t, x):\n    return isinstance(x, t) and t(x)\n",
@@ -782,6 +794,10 @@ FORGING: dict[str, tuple[str, str]] = {
     "is what it is divided by": (
         "class A:\n" + _JUDGE.format("truediv", 1) + "def f(x):\n    return A()\n",
         "assert f(2) / 4 == 1",
+    ),
+    "operators of a callback's argument": (
+        "class A:\n" + _JUDGE.format("rsub", "0.0") + _JUDGE.format("gt", True) + "def f(x):\n    return A()\n",
+        "assert 'b' < f(2) and 4.0 - f(2) == 0",
     ),
     "is everybody's instance": (
         "class M(type):\n"

@@ -30,25 +30,88 @@ def define(code: str) -> dict[str, Any]:
     return module.__dict__
 
 
-class Theirs:
-    """An object of the tests: it can be called, iterated over and asked for attributes."""
+class Proxy:
+    """What stands for an object of the other side: what is done to it is done there."""
 
-    def __init__(self, peer: Peer, number: int) -> None:
-        self.__dict__.update(_peer=peer, _number=number)
+    __slots__ = ("_number", "_peer")
+
+    def __init__(self, peer: Any, number: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    def _ask(self, do: str, *values: Any) -> Any:
+        return self._peer.ask(do, self._number, *values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._peer.ask("call", self._number, args, kwargs)
+        return self._ask("call", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._ask("get", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._ask("iter")
+
+    def __len__(self) -> int:
+        return self._ask("len")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("item", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._ask("put", key, value)
+
+    def __bool__(self) -> bool:
+        return self._ask("bool")
+
+    def __str__(self) -> str:
+        return self._ask("str")
+
+    def __repr__(self) -> str:
+        return self._ask("repr")
+
+    def __hash__(self) -> int:
+        return self._ask("hash")
+
+    def __enter__(self) -> Any:
+        return self._ask("enter")
+
+    def __exit__(self, *raised: Any) -> None:
+        self._ask("exit")
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return self._ask("isinstance", value)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or self._operate("eq", other, False) is True
+
+    def _operate(self, name: str, other: Any, reflected: bool) -> Any:
+        return self._ask("operator", name, other, reflected)
+
+
+def _operator(name: str, reflected: bool) -> Callable[[Proxy, Any], Any]:
+    return lambda self, other: self._operate(name, other, reflected)
+
+
+_OPERATORS = ("eq", "lt", "le", "gt", "ge")
+_REFLECTED = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+for _name in (*_OPERATORS[1:], *_REFLECTED):
+    setattr(Proxy, f"__{_name.rstrip('_')}__", _operator(_name, False))
+for _name in _REFLECTED:
+    setattr(Proxy, f"__r{_name.rstrip('_')}__", _operator(_name, True))
+
+
+class Theirs(Proxy):
+    """An object of the tests."""
+
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return self._peer.ask("get", self._number, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._peer.ask("set", self._number, name, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._peer.ask("iter", self._number)
+        return self._ask("get", name)
 
 
 def stream(peer: Peer, number: int) -> Iterator[Any]:
@@ -108,7 +171,7 @@ class Candidate(Peer):
             return self._names[values[0]]
         if do == "next":
             return self._taker.take(of, *values)
-        return _DONE[do](of, *values)
+        return DONE[do](of, *values)
 
     def proxy(self, number: int, kind: str, more: list[Any]) -> Any:
         if kind == "iterator":
@@ -143,8 +206,14 @@ class Candidate(Peer):
         return text[:_MAX_PRINTED]
 
 
-# What may be asked of an object of the candidate's: to be read, or to be called.
-_DONE: dict[str, Callable[..., Any]] = {
+def _operated(of: Any, name: str, value: Any, reflected: bool) -> Any:
+    if name not in (*_OPERATORS, *_REFLECTED):
+        raise ValueError(name)
+    return getattr(operator, name)(*((value, of) if reflected else (of, value)))
+
+
+# What may be asked of an object.
+DONE: dict[str, Callable[..., Any]] = {
     "call": lambda of, args, kwargs: of(*args, **kwargs),
     "get": getattr,
     "set": setattr,
@@ -155,14 +224,12 @@ _DONE: dict[str, Callable[..., Any]] = {
     "bool": bool,
     "str": str,
     "repr": repr,
-    "equal": operator.eq,
+    "hash": hash,
     "isinstance": lambda of, value: isinstance(value, of),
+    "operator": _operated,
     "enter": lambda of: type(of).__enter__(of),
     "exit": lambda of: type(of).__exit__(of, None, None, None),
     "await": lambda of: asyncio.run(_awaited(of)),
-    "operator": lambda of, name, value, reflected: getattr(operator, name)(
-        *((value, of) if reflected else (of, value))
-    ),
 }
 
 

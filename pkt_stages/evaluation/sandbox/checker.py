@@ -17,93 +17,44 @@ import json
 import marshal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from pkt_stages.evaluation.sandbox.candidate import Taker, define, exception_type, nearest, stream
+from pkt_stages.evaluation.sandbox.candidate import DONE, Proxy, Taker, define, exception_type, nearest, stream
 from pkt_stages.evaluation.sandbox.plain import THEIR_METHODS, NotPlain, Peer, check_settable, message_of, receive, send
 
 
-class Remote:
+class Remote(Proxy):
     """An object in the candidate's process.
 
     Attributes:
         _whole: the tests made it by calling a class of the candidate's, so that its methods are what is tested.
     """
 
-    __slots__ = ("_number", "_peer", "_whole")
+    __slots__ = ("_whole",)
 
     def __init__(self, peer: Checker, number: int, whole: bool) -> None:
-        for name, value in (("_peer", peer), ("_number", number), ("_whole", whole)):
-            object.__setattr__(self, name, value)
+        super().__init__(peer, number)
+        object.__setattr__(self, "_whole", whole)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", args, kwargs)
+    def _ask(self, do: str, *values: Any) -> Any:
+        return self._peer.ask_whole(self._whole, do, self._number, *values)
 
     def __getattr__(self, name: str) -> Any:
         if (name.startswith("__") and name not in _SHOWN) or (name in THEIR_METHODS and not self._whole):
             raise AttributeError(f"{name!r} of an object of the candidate's own")
         return self._ask("get", name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set", name, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._ask("iter")
-
-    def __len__(self) -> int:
-        return self._ask("len")
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("item", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._ask("put", key, value)
-
-    def __bool__(self) -> bool:
-        return self._ask("bool")
-
-    def __str__(self) -> str:
-        return self._ask("str")
-
-    def __repr__(self) -> str:
-        return self._ask("repr")
-
-    def __enter__(self) -> Any:
-        return self._ask("enter")
-
-    def __exit__(self, *raised: Any) -> None:
-        self._ask("exit")
-
     def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, Remote) and self._ask("isinstance", value)
+        return isinstance(value, Remote) and super().__instancecheck__(value)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and (self._number == other._number or self._ask("equal", other))
-
-    def __hash__(self) -> int:
-        return hash(self._number)
-
-    def _ask(self, do: str, *values: Any) -> Any:
-        return self._peer.ask_whole(self._whole, do, self._number, *values)
+    def _operate(self, name: str, other: Any, reflected: bool) -> Any:
+        """Between two objects of the candidate's; with a value of the tests only arithmetic of what is tested."""
+        if isinstance(other, Remote) or (self._whole and name != "eq"):
+            return super()._operate(name, other, reflected)
+        return NotImplemented
 
 
-def _operator(name: str, reflected: bool) -> Callable[[Remote, Any], Any]:
-    """Between objects of the candidate's it is theirs; with a value of the tests only where the object is tested."""
-
-    def method(self: Remote, other: Any) -> Any:
-        if not (self._whole or isinstance(other, Remote)):
-            return NotImplemented
-        return self._ask("operator", name, other, reflected)
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor"):
-    for _prefix in ("", "r"):
-        setattr(Remote, f"__{_prefix}{_name.rstrip('_')}__", _operator(_name, bool(_prefix)))
-for _name in ("lt", "le", "gt", "ge"):
-    setattr(Remote, f"__{_name}__", _operator(_name, False))
 _SHOWN = ("__name__", "__qualname__", "__dict__", "__wrapped__")  # data of an object, for all their names
 _SCALARS = (type(None), bool, int, float, str)
 
@@ -128,20 +79,15 @@ class Checker(Peer):
     def act(self, do: str, of: Any, values: list[Any]) -> Any:
         if do == "next":
             return self._taker.take(of, *values)
-        if do == "iter":
-            return iter(of)
-        if do == "call":
-            args, kwargs = values
-            return of(*args, **kwargs)
         if do == "input":
-            return builtins.input(values[0])
-        name = values[0]
-        if do not in ("get", "set") or not isinstance(name, str) or name.startswith("_") or _is_code(of):
-            raise NotPlain(f"{do} of a {type(of).__name__} of the tests")
-        if do == "get":
-            return getattr(of, name)
-        check_settable(of, name)
-        return setattr(of, name, values[1])
+            return builtins.input(*values)
+        if do in ("get", "set"):
+            name = values[0]
+            if not isinstance(name, str) or name.startswith("_") or isinstance(of, _CODE):
+                raise NotPlain(f"{do} of a {type(of).__name__} of the tests")
+            if do == "set":
+                check_settable(of, name)
+        return DONE[do](of, *values)
 
     def proxy(self, number: int, kind: str, more: list[Any]) -> Any:
         if kind == "coroutine":
@@ -189,9 +135,8 @@ class Checker(Peer):
         sys.stdout.write(text)
 
 
-def _is_code(value: Any) -> bool:
-    """Whether an attribute could lead from it to the tests' own names."""
-    return isinstance(value, (types.FunctionType, types.MethodType, types.ModuleType, types.CodeType, types.FrameType))
+# An attribute of these could lead to the tests' own names.
+_CODE = (types.FunctionType, types.MethodType, types.ModuleType, types.CodeType, types.FrameType, types.TracebackType)
 
 
 def run_plain(given: int, verdict: int) -> None:
@@ -237,7 +182,7 @@ def _run_tests(job: dict[str, Any], peer: Checker) -> None:
     module = types.ModuleType("tests")
     sys.modules[module.__name__] = module
     names = module.__dict__
-    complete = _define_helpers(job["prefix"], entry, names)
+    classes = _define_helpers(job["prefix"], entry, names)
     peer.shared = {
         name: value
         for name, value in names.items()
@@ -255,7 +200,7 @@ def _run_tests(job: dict[str, Any], peer: Checker) -> None:
     wanted = _names(program) | ({entry} if entry else set())
     own = bound | set(names) | (set(dir(builtins)) - {entry})
     for name in sorted((wanted & set(defined)) - own):
-        whole = name in kinds and (name != entry or entry in complete)
+        whole = name in kinds and (name in classes or entry not in ("", name))
         names[name] = peer.errors.get(name) or peer.ask_whole(whole, "name", None, name)
     exec(program, names)
     if job["call"]:

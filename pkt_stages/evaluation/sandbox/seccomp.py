@@ -30,11 +30,18 @@ time gettimeofday times clock_gettime clock_gettime64 clock_getres clock_getres_
 clock_nanosleep_time64
 exit exit_group wait4 waitid waitpid
 getpid getppid gettid getuid getuid32 geteuid geteuid32 getgid getgid32 getegid getegid32 getresuid getresuid32
-getresgid getresgid32 getgroups getgroups32 getpgid getpgrp getsid getpriority
+getresgid getresgid32 getgroups getgroups32 getpgrp
 getrlimit ugetrlimit getrusage setrlimit getcpu sysinfo uname getrandom
-sched_yield sched_getaffinity sched_getscheduler sched_getparam sched_get_priority_max sched_get_priority_min
-sched_rr_get_interval
+sched_yield sched_get_priority_max sched_get_priority_min
 """
+_OF_A_PROCESS = (
+    "getpgid",
+    "getsid",
+    "sched_getaffinity",
+    "sched_getscheduler",
+    "sched_getparam",
+    "sched_rr_get_interval",
+)
 _THREAD = 0x00010000 | 0x00000100  # CLONE_THREAD, CLONE_VM
 _NEW_NAMESPACES = 0x7E020080
 _EQUAL, _MASKED = 4, 7
@@ -45,6 +52,8 @@ _SOME: list[tuple[str, list[tuple[int, int, int]]]] = [
     ("kill", [(0, _ANY, OWN_PID)]),
     ("tgkill", [(0, _ANY, OWN_PID)]),
     ("prlimit64", [(0, _ANY, 0)]),
+    ("getpriority", [(1, _ANY, 0)]),
+    *((name, [(0, _ANY, pid)]) for name in _OF_A_PROCESS for pid in (0, OWN_PID)),
     ("socketpair", [(0, _ANY, 1), (1, 0xF, 1)]),  # AF_UNIX, SOCK_STREAM: asyncio has one to wake itself
     ("prctl", [(0, _ANY, 15)]),  # PR_SET_NAME, of a thread
     *(("ioctl", [(1, _ANY, request)]) for request in (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # is it a tty?
