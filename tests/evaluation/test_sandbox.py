@@ -29,7 +29,7 @@ from tests.evaluation import programs
 
 CHECK = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
 GOOD = "def f(x):\n    return x * x\n"
-LIMITS = Limits(seconds=2.0, memory_mb=256)
+LIMITS = Limits(seconds=1.0, memory_mb=256)
 ROOMY = Limits(seconds=20.0, memory_mb=1024)
 
 
@@ -175,7 +175,7 @@ def test_a_pause_of_the_machine_is_nobodys_time(level: levels.Level) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sent)
             if sent == signal.SIGSTOP:
-                time.sleep(LIMITS.seconds + 1.5)
+                time.sleep(3 * LIMITS.seconds + 1.5)
         done.set()
 
     thread = threading.Thread(target=pause)

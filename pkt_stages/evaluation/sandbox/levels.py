@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -79,9 +80,9 @@ class Server:
         self.pid = pid
         self.control = control
 
-    def run(self, role: str, fds: Sequence[int], *, memory_mb: int, cpu_seconds: int) -> None:
-        """Begin a sample with these file descriptors, which are closed on this side."""
-        request = {"role": role, "memory_mb": memory_mb, "cpu_seconds": cpu_seconds}
+    def run(self, role: str, fds: Sequence[int], memory_mb: int, seconds: float) -> None:
+        """Begin a sample with these file descriptors, which are closed on this side, and these limits."""
+        request = {"role": role, "memory_mb": memory_mb, "cpu_seconds": math.ceil(seconds)}
         try:
             socket.send_fds(self.control, [json.dumps(request).encode()], fds)
         finally:

@@ -60,7 +60,7 @@ class Limits:
     """Per sample.
 
     Attributes:
-        seconds: of CPU, and of wall-clock time in which the worker was not stopped, for defining and all tests.
+        seconds: of CPU, for defining and all tests; three times that of wall-clock time, pauses not counted.
         memory_mb: address space of the process that runs the sample, in MiB. It can start no other.
     """
 

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import json
 import marshal
-import math
 import os
 import select
 import signal
@@ -28,8 +27,9 @@ from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
 _SET_CHILD_SUBREAPER = 36
 _CHECKER_MEMORY_MB = 2048
+_WALL = 3  # times its limit of CPU time a sample may take: on a busy machine it has to wait for a core
 # Apart from its tests a sample may take more than its limits, which hold beside them: each value has to be carried.
-_APART = 3  # times as long
+_APART = 3  # times as much CPU time
 _CARRYING_MB = 1024
 _MAX_VERDICT = 1 << 16  # bytes
 _TICK = 0.1  # seconds
@@ -72,10 +72,10 @@ class Worker:
 
     def judge(self, job: dict[str, Any]) -> dict[str, str]:
         """The verdict on a sample: passed, failed, error, memory, timeout or disputed, and a message."""
-        beside = self._run(job, self._seconds, "plain")
+        beside = self._run("plain", job)
         if beside["verdict"] != "passed":
             return beside
-        apart = self._run(job, _APART * self._seconds, "check")
+        apart = self._run("check", job)
         if apart["verdict"] == "passed":
             return apart
         told = f"passes beside its tests, not apart from them ({apart['verdict']}: {apart['message']})"
@@ -88,34 +88,31 @@ class Worker:
         self._servers.clear()
         self._end_strays()
 
-    def _run(self, job: dict[str, Any], seconds: float, role: str) -> dict[str, str]:
-        clock = Clock(seconds)
-        cpu_seconds = math.ceil(seconds)
+    def _run(self, role: str, job: dict[str, Any]) -> dict[str, str]:
+        clock = Clock(_WALL * self._seconds)
+        seconds, memory_mb = self._seconds, self._memory_mb
         given, giving = os.pipe()
         telling, told = os.pipe()
         try:
-            candidates = self._server("candidates")
+            judge = candidates = self._server("candidates")
             if role == "plain":
-                judge = candidates
-                candidates.run(role, [given, told], memory_mb=self._memory_mb, cpu_seconds=cpu_seconds)
+                candidates.run(role, [given, told], memory_mb, seconds)
             else:
                 (asked, asking), (answering, answered) = os.pipe(), os.pipe()
-                ends = [asked, answered]
-                memory_mb = self._memory_mb + _CARRYING_MB
-                candidates.run("candidate", ends, memory_mb=memory_mb, cpu_seconds=cpu_seconds)
+                seconds, memory_mb = _APART * seconds, memory_mb + _CARRYING_MB
+                candidates.run("candidate", [asked, answered], memory_mb, seconds)
                 judge = self._server("checkers")
-                ends = [given, told, asking, answering]
-                judge.run(role, ends, memory_mb=_CHECKER_MEMORY_MB, cpu_seconds=cpu_seconds)
+                judge.run(role, [given, told, asking, answering], _CHECKER_MEMORY_MB, seconds)
             verdict = _exchange(giving, framed(json.dumps(job).encode()), telling, clock)
-            ends_ = [self._end(server) for server in dict.fromkeys((judge, candidates))]
+            ended = [self._end(server) for server in dict.fromkeys((judge, candidates))]
         except TimeUp:
             self.close()
-            return {"verdict": "timeout", "message": f"more than {seconds:g} s"}
+            return {"verdict": "timeout", "message": f"more than {_WALL * self._seconds:g} s"}
         finally:
             os.close(giving)
             os.close(telling)
             self._end_strays()
-        return verdict or _without_verdict(*ends_[0], seconds=seconds, memory_mb=self._memory_mb)
+        return verdict or _without_verdict(*ended[0], seconds=seconds, memory_mb=memory_mb)
 
     def _server(self, name: str) -> Server:
         server = self._servers.get(name)
