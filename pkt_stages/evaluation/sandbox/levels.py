@@ -22,7 +22,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pkt_stages.evaluation.sandbox.seccomp import filter_program, library
 from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
@@ -191,7 +191,7 @@ def _check(result: int, what: str) -> None:
         raise Unavailable(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def _sandlock():  # type: ignore[no-untyped-def]
+def _sandlock() -> tuple[Any, Any]:
     try:
         from sandlock import Sandbox, confine
     except (ImportError, OSError) as error:

@@ -48,7 +48,7 @@ class Verdict:
     Attributes:
         outcome: passed; failed (an assertion), error (an exception, or the process ended), timeout, memory; or
             disputed: it passes in one process with its tests, as the benchmark runs it, but not apart from them.
-        message: one line, as far as the sample has its say in it printable.
+        message: one printable line; the sample may have had a say in it.
     """
 
     outcome: Outcome
@@ -136,7 +136,7 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
-            _stop_worker(worker, limits)
+            _stop_worker(worker)
 
 
 def _start_worker(level: Level, limits: Limits, core: int) -> subprocess.Popen[str]:
@@ -146,7 +146,7 @@ def _start_worker(level: Level, limits: Limits, core: int) -> subprocess.Popen[s
     )
 
 
-def _stop_worker(worker: subprocess.Popen[str], limits: Limits) -> None:
+def _stop_worker(worker: subprocess.Popen[str]) -> None:
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.close()  # it ends by itself, and ends its checker
