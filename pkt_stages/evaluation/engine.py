@@ -39,6 +39,8 @@ class Evaluation:
         log_likelihoods: per example of the reference answer, nats per token (of choices: of the right one among them).
         settings: everything that determined the result, as JSON values without time, host or path.
         pass_at_k: in percent, by k, for code.
+        sandbox: for code, its level and what that stops.
+        disputed: for code, the ids of examples with an answer that passes only beside its tests.
         predictions: per example: id, prompt as sent, texts, extracted, correct, verdicts, log-probabilities.
     """
 
@@ -50,12 +52,15 @@ class Evaluation:
     settings: dict[str, Any]
     pass_at_k: dict[str, float]
     predictions: list[dict[str, Any]]
+    sandbox: dict[str, str] | None = None
+    disputed: list[str] | None = None
 
     def run(self, label: str) -> dict[str, Any]:
         """What differs between evaluations of one test set with equal settings, with a name for it."""
         made: dict[str, Any] = {"label": label, **_means(self.correct, self.log_likelihoods)}
         made |= {"log_likelihoods": self.log_likelihoods}
         made |= {"correct": self.correct} if self.correct is not None else {}
+        made |= {"disputed": self.disputed} if self.disputed is not None else {}
         return made | ({"pass_at_k": self.pass_at_k} if self.pass_at_k else {})
 
 
@@ -83,6 +88,7 @@ def metrics(labelled: Sequence[tuple[str, Evaluation]]) -> dict[str, Any]:
         assert (other.task, other.ids, other.settings) == (first.task, first.ids, first.settings)
     corrects = [e.correct for e in evaluations if e.correct is not None]
     assert len(corrects) in (0, len(evaluations))
+    disputed = sum(len(evaluation.disputed or ()) for evaluation in evaluations)
     return {
         "task": first.task,
         "metric": first.metric,
@@ -91,6 +97,7 @@ def metrics(labelled: Sequence[tuple[str, Evaluation]]) -> dict[str, Any]:
         "ids": first.ids,
         "runs": [evaluation.run(label) for label, evaluation in labelled],
         "settings": first.settings,
+        **({"sandbox": {**first.sandbox, "disputed": disputed}} if first.sandbox is not None else {}),
     }
 
 
@@ -150,8 +157,11 @@ def evaluate_model(
             {"id": id, "log_likelihood": round(nats, 4)} for id, nats in zip(ids, log_likelihoods, strict=True)
         ]
         return Evaluation(task, metric, ids, None, log_likelihoods, settings, {}, predictions)
-    limits = None if its.judge is None else its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
-    level = None if its.judge is None else its.judge.choose_level(sandbox_floor, limits)
+    level = sandbox = None
+    if its.judge is not None:
+        limits = its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
+        level = its.judge.choose_level(sandbox_floor, limits)
+        sandbox = its.judge.described(level)
 
     from lm_eval import evaluator
 
@@ -189,6 +199,7 @@ def evaluate_model(
         settings |= asdict(decoding)
     if level is not None:
         settings |= {"sandbox": level, "sandbox_seconds": sandbox_seconds, "sandbox_memory_mb": sandbox_memory_mb}
+    verdicts_of = [sample["filtered_resps"][0] for sample in samples] if its.job is not None else []
     for batches in used:
         batches.remove()
     return Evaluation(
@@ -198,13 +209,19 @@ def evaluate_model(
         correct=correct,
         log_likelihoods=log_likelihoods,
         settings=settings,
-        pass_at_k=_pass_at_k([s["filtered_resps"][0] for s in samples]) if its.job is not None else {},
+        pass_at_k=_pass_at_k(verdicts_of) if its.job is not None else {},
         predictions=[
             {"id": id, "prompt": sample["arguments"][0][0], "correct": right, "log_likelihood": round(nats, 4)}
             | _said(its, loaded, sample)
             for id, sample, right, nats in zip(ids, samples, correct, log_likelihoods, strict=True)
         ],
+        sandbox=sandbox,
+        disputed=None if level is None else [id for id, row in zip(ids, verdicts_of, strict=True) if _disputed(row)],
     )
+
+
+def _disputed(verdicts: Sequence[Verdict]) -> bool:
+    return any(verdict.outcome == "disputed" for verdict in verdicts)
 
 
 def check_examples(task: str, examples: Sequence[Example]) -> None:

@@ -55,10 +55,12 @@ class EvaluateParams(AnswerParams):
 
     num_samples: int = option(1, "Answers per example; more than one needs a temperature.", ge=1)
     top_p: float = option(1.0, "Probability mass that is sampled from.", gt=0, le=1)
-    sandbox_floor: Literal["sandlock", "namespaces", "rlimits"] = option(
+    sandbox_floor: Literal["sandlock", "namespaces", "landlock", "rlimits"] = option(
         "sandlock", "Weakest sandbox in which generated code may run."
     )
-    sandbox_seconds: float = option(10.0, "Time limit per sample of generated code, in seconds.", gt=0)
+    sandbox_seconds: float = option(
+        10.0, "CPU time per sample of generated code, in seconds; three times that by the clock.", gt=0
+    )
     sandbox_memory_mb: int = option(1024, "Memory limit per sample of generated code, in MiB.", ge=1)
     nats_only: bool = option(
         False, "The reference answers' likelihood alone: nothing is generated; choices are scored all the same."

@@ -150,6 +150,8 @@ def evaluate(
     artifacts.write_json(out, result)
     shown = f"{result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']}, " if "score" in result else ""
     shown = f"{task} {shown}{result['nats']:.4f} +- {result['nats_stderr']:.4f} nats on {result['n']} examples"
+    if disputed := result.get("sandbox", {}).get("disputed"):
+        shown += f", {disputed} disputed"
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
 
 

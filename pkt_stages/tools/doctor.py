@@ -176,16 +176,17 @@ def hub() -> Iterator[Finding]:
 
 
 def sandbox() -> Iterator[Finding]:
-    from pkt_stages.evaluation.sandbox.levels import LEVELS, strongest
+    from pkt_stages.evaluation.sandbox.levels import LEVELS
+    from pkt_stages.evaluation.sandbox.pool import strongest
 
-    level = strongest(memory_mb=512)
+    level, why = strongest(memory_mb=512)
     if level == LEVELS[0]:
         yield Finding("sandbox", "ok", level)
     elif level is None:
-        yield Finding("sandbox", "bad", "none works", "humaneval and mbpp cannot be evaluated on this host")
+        yield Finding("sandbox", "bad", f"none works ({why})", "humaneval and mbpp cannot be evaluated on this host")
     else:
-        advice = "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.sandbox_floor"
-        yield Finding("sandbox", "note", f"{level} at most", advice)
+        advice = "tiny runs; for real models mend that, or lower evaluate.sandbox_floor"
+        yield Finding("sandbox", "note", f"{level} at most ({why})", advice)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, gpu, disk, dvc, hub, sandbox)

@@ -313,8 +313,18 @@ def test_code_is_judged_and_settings_are_recorded(backend: HfBackend) -> None:
     assert found.settings["sandbox"] == "sandlock"
     assert found.pass_at_k == {"1": 0.0}
     assert found.predictions[0]["outcome"] in ("failed", "error")
-    shown = json.dumps(engine.metrics([("base", found)]))
-    assert json.loads(shown)["n"] == 1
+    made = json.loads(json.dumps(engine.metrics([("base", found)])))
+    assert made["n"] == 1
+    assert (made["sandbox"]["level"], made["sandbox"]["disputed"], made["runs"][0]["disputed"]) == ("sandlock", 0, [])
+    assert "all writing" in made["sandbox"]["stops"]
+
+
+def test_disputed_answers_are_wrong_and_listed(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "judge", lambda jobs, *_: [Verdict("disputed", "passes beside its tests") for _ in jobs])
+    found = evaluate_model(backend, programs(), task="humaneval", decoding=SHORT, sandbox_floor="rlimits")
+    assert (found.correct, found.pass_at_k, found.predictions[0]["outcome"]) == ([0.0], {"1": 0.0}, "disputed")
+    made = engine.metrics([("a", found), ("b", found)])
+    assert (made["sandbox"]["disputed"], made["runs"][1]["disputed"]) == (2, ["h0"])
 
 
 def test_a_known_verdict_is_not_asked_for_again(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ from pkt_stages.params import build
         ({"limit": 0}, "limit must be at least 1, found 0"),
         ({"sandbox_seconds": 0.0}, "sandbox_seconds must be above 0, found 0.0"),
         ({"sandbox_memory_mb": 0}, "sandbox_memory_mb must be at least 1, found 0"),
-        ({"sandbox_floor": "none"}, "sandbox_floor: expected one of sandlock, namespaces, rlimits, found 'none'"),
+        (
+            {"sandbox_floor": "none"},
+            "sandbox_floor: expected one of sandlock, namespaces, landlock, rlimits, found 'none'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

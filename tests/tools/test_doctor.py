@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pkt_stages.evaluation.sandbox import levels
+from pkt_stages.evaluation.sandbox import pool
 from pkt_stages.tools import doctor
 from pkt_stages.tools.doctor import Finding
 
@@ -109,13 +109,13 @@ def test_what_the_disk_has_room_for(
     assert list(doctor.disk()) == [Finding("disk", *finding)]
 
 
-def test_a_weaker_sandbox_names_the_kernel_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "strongest", lambda *, memory_mb: "rlimits")
+def test_a_weaker_sandbox_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "strongest", lambda *, memory_mb: ("rlimits", "landlock: too old"))
     assert list(doctor.sandbox()) == [
         Finding(
             "sandbox",
             "note",
-            "rlimits at most",
-            "tiny runs; for real models use Linux 6.12+ (Landlock ABI 6), or lower evaluate.sandbox_floor",
+            "rlimits at most (landlock: too old)",
+            "tiny runs; for real models mend that, or lower evaluate.sandbox_floor",
         )
     ]

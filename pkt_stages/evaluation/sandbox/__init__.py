@@ -1,9 +1,11 @@
-"""Running generated code so that it can neither do harm nor forge its verdict.
+"""Running generated code so that it can neither do harm nor forge its verdict (docs/evaluation.md, decisions/012).
 
 pool.py       the door: jobs in, verdicts out, in parallel
-levels.py     what this host can confine, and how
-worker.py     trusted: carries messages between the two confined processes below, keeps the clock
+worker.py     trusted, beside the sandboxes: gives them samples, keeps the clock
+levels.py     what this host can confine, and starting a sandbox
+seccomp.py    the system calls that a sample may make
+server.py     trusted, the first process inside: forks one per sample
 candidate.py  confined: the generated code
-checker.py    confined: the tests, calling the candidate through proxies
-plain.py      the plain data that may pass between them
+checker.py    confined: the tests, beside the generated code or apart from it
+plain.py      what these two exchange when they are apart
 """

@@ -1,32 +1,48 @@
-"""How strongly this host can confine a process, and starting one at a chosen level.
+"""How strongly this host can confine generated code, and starting a sandbox at a chosen level.
 
-sandlock    Landlock + seccomp (package sandlock, Linux 6.12+): no files but the interpreter's, no writing at all, no
-            sockets, no new processes, no signals to others, memory supervised.
-namespaces  user, network, IPC and PID namespaces + rlimits: no network, nothing survives, others cannot be signalled;
-            files are readable and writable as for the user.
-rlimits     limits on memory, CPU time, files and output only. For code that you would run yourself.
+A sandbox is a process (server.py) that forks one process per sample. What surrounds it is made here, before its
+interpreter starts: namespaces with a root of their own, Landlock, no capabilities; server.py adds the limits of a
+sample and the filter of seccomp.py. Running as root changes nothing: nothing here needs it, and nothing is left of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import json
+import math
 import os
-import resource
 import signal
-import subprocess
+import socket
+import stat
+import struct
 import sys
 import sysconfig
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-Level = Literal["sandlock", "namespaces", "rlimits"]
-LEVELS: tuple[Level, ...] = ("sandlock", "namespaces", "rlimits")
+from pkt_stages.evaluation.sandbox.seccomp import filter_program, library
+from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
+Level = Literal["sandlock", "namespaces", "landlock", "rlimits"]
+LEVELS: tuple[Level, ...] = ("sandlock", "namespaces", "landlock", "rlimits")
+_NAMESPACES: tuple[Level, ...] = ("sandlock", "namespaces")
+_LANDLOCK: tuple[Level, ...] = ("sandlock", "landlock")
+
+_CALLS = "new processes, programs, network, signals to others, limits and scheduling of others, by a list of calls"
+_MEMORY = "memory and CPU time beyond the limit"
+# What each level stops, for the metrics.
+STOPS: dict[Level, str] = {
+    "sandlock": f"{_CALLS}, by namespaces and by Landlock; all files but the interpreter's, all writing; {_MEMORY}",
+    "namespaces": f"{_CALLS} and by namespaces; all files but the interpreter's, all writing; {_MEMORY}",
+    "landlock": f"{_CALLS}; all files' contents but the interpreter's, all writing; {_MEMORY}",
+    "rlimits": f"{_MEMORY}; where libseccomp is installed: {_CALLS}, but not reading or writing the user's files",
+}
+
+_INTERPRETER = os.path.realpath(sys.executable)
 # -I would ignore PYTHONHASHSEED, and sets of strings would come in another order in every run.
 _FLAGS = ("-P", "-s", "-S", "-B")
 # The same on every host. Each file that an interpreter need not look for (locales, its own home) saves time as well.
@@ -38,165 +54,225 @@ _ENVIRONMENT = {
     "LC_ALL": "C",
     "TZ": "UTC",
 }
-_MAX_OPEN_FILES = 64
-_NEW_USER, _NEW_NET, _NEW_IPC, _NEW_PID = 0x10000000, 0x40000000, 0x08000000, 0x20000000
-_SET_PDEATHSIG, _SET_NO_NEW_PRIVS = 1, 38
+_PROGRAM_FD, _MAX_FD = 3, 1 << 20
+_BOOT = f"import marshal, os\nexec(marshal.loads(os.pread({_PROGRAM_FD}, 1 << 24, 0)))"
+_NEW_MOUNT, _NEW_CGROUP, _NEW_UTS, _NEW_IPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+_NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
+_NOBODY = 65534  # who the process is inside
+_BIND, _RECURSIVE, _PRIVATE, _DETACH = 0x1000, 0x4000, 0x40000, 2
+_MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _NO_SUID = 442, 0x8000, 1, 2  # one number on all architectures
+_SET_PDEATHSIG, _CAPBSET_DROP, _SET_NO_NEW_PRIVS = 1, 24, 38
 
 
-@dataclass(frozen=True)
-class Confined:
-    """A confined process with its pipes (file descriptors).
+class Unavailable(Exception):
+    """This host does not have the level; the message says what is missing."""
+
+
+class Server:
+    """A running sandbox.
 
     Attributes:
-        pid: of the process itself.
-        stop: kill it if it still runs, after a grace period in seconds, reap it, and say whether it had been killed
-            before (for want of memory, that is).
+        pid: of the process that the worker started; in a PID namespace the sandbox's first process is a child of it.
+        control: readable when a sample has ended, or the sandbox.
     """
 
-    pid: int
-    stdin: int
-    stdout: int
-    stop: Callable[[float], bool]
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self.control = control
+
+    def run(self, role: str, fds: Sequence[int], memory_mb: int, seconds: float) -> None:
+        """Begin a sample with these file descriptors, which are closed on this side, and these limits."""
+        request = {"role": role, "memory_mb": memory_mb, "cpu_seconds": math.ceil(seconds)}
+        try:
+            socket.send_fds(self.control, [json.dumps(request).encode()], fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def ended(self) -> tuple[int, float]:
+        """How the sample ended, to be asked when the control socket is readable: its wait status, seconds of CPU.
+
+        Raises:
+            EOFError: the sandbox itself has ended.
+        """
+        try:
+            body = self.control.recv(1 << 10)
+        except ConnectionError:
+            body = b""
+        if not body:
+            raise EOFError
+        status, used = json.loads(body)
+        return int(status), float(used)
+
+    def kill(self) -> None:
+        """End it with all that is in it."""
+        self.control.close()
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
-def start(level: Level, source: str, *, memory_mb: int, cpu_seconds: int, num_processes: int) -> Confined:
-    """Run Python source text, confined.
+def start(level: Level, program: bytes) -> Server:
+    """Start a sandbox.
+
+    Args:
+        program: what runs in it (marshalled code), ending in `server.serve`.
 
     Raises:
-        OSError, RuntimeError: this host does not have the level.
+        Unavailable: this host does not have the level.
     """
-    command = [os.path.realpath(sys.executable), *_FLAGS, "-c", source]
-    if level == "sandlock":
-        return _start_sandlock(command, memory_mb, num_processes)
-    forks = num_processes > 1
-    return _start_plain(command, memory_mb, cpu_seconds, forks=forks, namespaces=level == "namespaces")
-
-
-def strongest(*, memory_mb: int) -> Level | None:
-    """The first of LEVELS at which a trial process runs here."""
-    for level in LEVELS:
+    if level in _LANDLOCK:
+        _sandlock()  # imported before the fork
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    code = os.memfd_create("program", os.MFD_CLOEXEC)
+    os.write(code, program)
+    failed, failing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        failing = _above(failing)
         try:
-            confined = start(level, "print(6*7)", memory_mb=memory_mb, cpu_seconds=5, num_processes=1)
-        except (OSError, RuntimeError, ImportError, ValueError, subprocess.SubprocessError):
-            continue
-        said = os.read(confined.stdout, 10)
-        confined.stop(0)
-        if said == b"42\n":
-            return level
-    return None
+            _become(level, theirs.fileno(), code, failing)
+        except BaseException as error:
+            os.write(failing, f"{type(error).__name__}: {error}".encode()[:1000])
+        finally:
+            os._exit(127)
+    for fd in (failing, code):
+        os.close(fd)
+    theirs.close()
+    with os.fdopen(failed, "rb") as report:
+        reason = report.read().decode("utf-8", "replace")
+    server = Server(pid, ours)
+    if reason:
+        server.kill()
+        raise Unavailable(reason.removeprefix("Unavailable: "))
+    return server
+
+
+def _become(level: Level, control: int, program: int, failing: int) -> None:
+    """Turn a forked process into a sandbox: does not return.
+
+    Args:
+        failing: a pipe that is closed when the sandbox runs.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    os.setsid()
+    libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    control, program, null = (_above(fd) for fd in (control, program, os.open(os.devnull, os.O_RDWR)))
+    for fd, wanted in ((control, 0), (null, 1), (null, 2), (program, _PROGRAM_FD)):
+        os.dup2(fd, wanted)
+    os.closerange(_PROGRAM_FD + 1, failing)
+    os.closerange(failing + 1, _MAX_FD)
+    if level in _NAMESPACES:
+        _enter_namespaces(libc)
+        _new_root(libc)
+    else:
+        os.chdir(os.sep)
+    for capability in range(64):
+        libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0)  # a user has none, and may drop none
+    _check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "dropping all capabilities")
+    _check(libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    if level in _LANDLOCK:
+        confine, policy = _sandlock()
+        try:
+            confine(policy(fs_readable=_readable()))
+        except Exception as error:
+            raise Unavailable(f"Landlock: {error}") from None
+    os.execve(_INTERPRETER, [_INTERPRETER, *_FLAGS, "-c", _BOOT], _ENVIRONMENT)
+
+
+def _above(fd: int) -> int:
+    """A copy of a file descriptor, out of the way of those that the sandbox has."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        raise Unavailable(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _sandlock() -> tuple[Any, Any]:
+    try:
+        from sandlock import Sandbox, confine
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"the package sandlock: {error}") from None
+    return confine, Sandbox
+
+
+def _enter_namespaces(libc: ctypes.CDLL) -> None:
+    """Become the first process of new namespaces; the process before waits for it and ends with it."""
+    user, group = os.geteuid(), os.getegid()
+    flags = _NEW_USER | _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_CGROUP
+    _check(libc.unshare(flags), "user namespaces")
+    libc.prctl(SET_DUMPABLE, 1, 0, 0, 0)  # else these files are not its own
+    for name, line in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{_NOBODY} {user} 1"),
+        ("gid_map", f"{_NOBODY} {group} 1"),
+    ):
+        Path(f"/proc/self/{name}").write_text(line)
+    libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    child = os.fork()
+    if child:
+        os.closerange(0, _MAX_FD)
+        os.waitpid(child, 0)
+        os._exit(0)
+    libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _new_root(libc: ctypes.CDLL) -> None:
+    """Replace the file system by a read-only one of what an interpreter needs."""
+    pivot_root = ctypes.c_long(library().seccomp_syscall_resolve_name(b"pivot_root"))
+    root = "/proc"  # there everywhere, and nothing in it is needed any more
+    _check(libc.mount(None, b"/", None, _RECURSIVE | _PRIVATE, None), "private mounts")
+    _check(libc.mount(b"tmpfs", root.encode(), b"tmpfs", 0, b"size=64k,mode=755"), "a root of its own")
+    for path in _readable():
+        there = Path(root + path)
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            there.mkdir(parents=True, exist_ok=True)
+        else:
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.touch()
+        done = libc.mount(path.encode(), bytes(there), None, _BIND | _RECURSIVE, None)
+        _check(done, f"mounting {path}")
+    os.chdir(root)
+    _check(libc.syscall(pivot_root, b".", b"."), "changing the root")
+    _check(libc.umount2(b".", _DETACH), "leaving the old root")
+    os.chdir(os.sep)
+    attributes = struct.pack("QQQQ", _READ_ONLY | _NO_SUID, 0, 0, 0)
+    size = ctypes.c_size_t(len(attributes))
+    done = libc.syscall(ctypes.c_long(_MOUNT_SETATTR), -1, b"/", _AT_RECURSIVE, attributes, size)
+    _check(done, "a read-only root")
 
 
 @functools.cache
 def _readable() -> tuple[str, ...]:
-    """What an interpreter without packages needs to start."""
+    """What an interpreter without packages needs to start and to import its library, folders before what is in them."""
     paths = sysconfig.get_paths()
-    wanted = {os.path.realpath(sys.executable), paths["stdlib"], paths["platstdlib"], os.devnull}
-    library = sysconfig.get_config_var("LDLIBRARY")
-    if library:
-        wanted.add(os.path.join(str(sysconfig.get_config_var("LIBDIR")), str(library)))
     root = Path(os.sep)
-    wanted |= {str(folder) for name in ("lib", "lib64") for folder in (root / name, root / "usr" / name)}
-    return tuple(sorted(path for path in wanted if os.path.exists(path)))
+    wanted = {
+        _INTERPRETER,
+        paths["stdlib"],
+        paths["platstdlib"],
+        os.path.join(sys.base_prefix, "lib"),
+        os.devnull,
+        str(root / "etc" / "ld.so.cache"),
+        str(root / "usr" / "share" / "zoneinfo"),
+        *(str(folder) for name in ("lib", "lib64") for folder in (root / name, root / "usr" / name)),
+    }
+    there = sorted(path for path in wanted if os.path.exists(path))
+    return tuple(path for path in there if not any(path.startswith(f"{other}{os.sep}") for other in there))
 
 
-def _start_sandlock(command: list[str], memory_mb: int, num_processes: int) -> Confined:
-    from sandlock import Sandbox, StdioMode
-    from sandlock._sdk import ExitReason
+def seccomp_filter(level: Level) -> bytes:
+    """The filter for a level; at the weakest none is needed, where libseccomp is not installed.
 
-    sandbox = Sandbox(
-        fs_readable=_readable(),
-        max_memory=memory_mb << 20,
-        max_processes=num_processes,
-        max_open_files=_MAX_OPEN_FILES,
-        clean_env=True,
-        env=_ENVIRONMENT,
-        cwd=os.sep,
-        no_coredump=True,
-        extra_deny_syscalls=["memfd_create"],  # files in memory that would not be counted
-    )
-    process = sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.NULL)
-
-    pid = process.pid or -1
-
-    def stop(grace: float) -> bool:
-        ended = _ends_within(pid, grace)
-        process.kill()
-        reason = process.wait(10).reason
-        process.stdin.close()
-        process.stdout.close()
-        return ended and reason in (ExitReason.KILLED, ExitReason.SIGNALED)
-
-    return Confined(pid, process.stdin.fileno(), process.stdout.fileno(), stop)
-
-
-def _ends_within(pid: int, seconds: float) -> bool:
-    """Whether a child ends within this time; it stays unreaped."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
-                return True
-        except ChildProcessError:
-            return True
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.002)
-
-
-def _start_plain(command: list[str], memory_mb: int, cpu_seconds: int, *, forks: bool, namespaces: bool) -> Confined:
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def confine() -> None:
-        if namespaces:
-            _enter_namespaces(libc)
-        for limit, value in (
-            (resource.RLIMIT_AS, memory_mb << 20),
-            (resource.RLIMIT_CPU, cpu_seconds),
-            (resource.RLIMIT_FSIZE, 1 << 20),
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
-        ):
-            resource.setrlimit(limit, (value, value))
-        if not forks:
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # the kernel does not hold root to it
-        libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
-    process: subprocess.Popen[bytes] = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=_ENVIRONMENT,
-        cwd=os.sep,
-        bufsize=0,
-        start_new_session=True,
-        preexec_fn=confine,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    pipes: tuple[Any, Any] = (process.stdin, process.stdout)
-
-    def stop(grace: float) -> bool:
-        ended = _ends_within(process.pid, grace)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in pipes:
-            pipe.close()
-        return ended and process.returncode < 0
-
-    return Confined(process.pid, pipes[0].fileno(), pipes[1].fileno(), stop)
-
-
-def _enter_namespaces(libc: ctypes.CDLL) -> None:
-    """Become process 1 of a PID namespace without network; the process before waits for it and ends with it."""
-    if libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_PID) != 0:
-        raise OSError(ctypes.get_errno(), "namespaces are not allowed here")
-    child = os.fork()
-    if child:
-        os.closerange(0, 256)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            os.kill(os.getpid(), os.WTERMSIG(status))
-        os._exit(os.waitstatus_to_exitcode(status))
+    Raises:
+        Unavailable: it is needed and cannot be had.
+    """
+    try:
+        return filter_program()
+    except OSError as error:
+        if level == "rlimits":
+            return b""
+        raise Unavailable(str(error)) from None

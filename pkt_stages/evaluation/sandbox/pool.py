@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from typing import Literal, get_args
 
-from pkt_stages.errors import UserError
-from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, strongest
+from pkt_stages.errors import UserError, printable
+from pkt_stages.evaluation.sandbox.levels import LEVELS, STOPS, Level
 from pkt_stages.progress import track
 
-Outcome = Literal["passed", "failed", "error", "timeout", "memory"]
+_WORKER = (sys.executable, "-m", "pkt_stages.evaluation.sandbox.worker")
+
+Outcome = Literal["passed", "failed", "error", "timeout", "memory", "disputed"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
+    """What became of a sample.
+
+    Attributes:
+        outcome: passed; failed (an assertion), error (an exception, or the process ended), timeout, memory; or
+            disputed: it passes in one process with its tests, as the benchmark runs it, but not apart from them.
+        message: one printable line; the sample may have had a say in it.
+    """
+
     outcome: Outcome
     message: str
 
@@ -50,8 +60,8 @@ class Limits:
     """Per sample.
 
     Attributes:
-        seconds: wall clock, for starting, defining and all tests.
-        memory_mb: of the candidate's process, in MiB.
+        seconds: of CPU, for defining and all tests; three times that of wall-clock time, pauses not counted.
+        memory_mb: address space of the process that runs the sample, in MiB. It can start no other.
     """
 
     seconds: float = 10.0
@@ -59,21 +69,38 @@ class Limits:
 
 
 def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Level:
-    """The strongest level of this host.
+    """The strongest level of this host; a line on stderr says why it is not the first one.
 
     Raises:
         UserError: it is below `floor`.
     """
     if floor not in LEVELS:
         raise UserError(f"unknown sandbox level {floor!r}; expected one of {', '.join(LEVELS)}")
-    level = strongest(memory_mb=(limits or Limits()).memory_mb)
+    level, why = strongest(memory_mb=(limits or Limits()).memory_mb)
     if level is None or LEVELS.index(level) > LEVELS.index(floor):
-        found = level or "none"
         raise UserError(
-            f"generated code: the strongest sandbox here is {found}, below the floor {floor!r}; run on Linux 6.12+"
-            f" (Landlock ABI 6) with the package sandlock, or accept it with --sandbox-floor {level or LEVELS[-1]}"
+            f"generated code: the strongest sandbox here is {level or 'none'}, below the floor {floor!r} ({why});"
+            f" mend that, or accept it with --sandbox-floor {level or LEVELS[-1]}"
         )
+    if why:
+        print(f"generated code: the sandbox is {level} ({printable(why)})", file=sys.stderr)
     return level
+
+
+def strongest(*, memory_mb: int) -> tuple[Level | None, str]:
+    """The first of LEVELS at which a trial sample passes here, and what keeps this host from those before."""
+    command = [*_WORKER, json.dumps({"memory_mb": memory_mb})]
+    tried = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if tried.returncode != 0:
+        raise RuntimeError(f"a sandbox worker broke: {tried.stderr.strip()[-500:]}")
+    found: dict[Level, str] = json.loads(tried.stdout)
+    level = next((level for level, reason in found.items() if not reason), None)
+    return level, "; ".join(f"{level}: {reason}" for level, reason in found.items() if reason)
+
+
+def described(level: Level) -> dict[str, str]:
+    """A level with what it stops, for the metrics."""
+    return {"level": level, "stops": STOPS[level]}
 
 
 def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | None = None) -> list[Verdict]:
@@ -109,21 +136,22 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
-            _stop_worker(worker, limits)
+            _stop_worker(worker)
 
 
 def _start_worker(level: Level, limits: Limits, core: int) -> subprocess.Popen[str]:
     settings = json.dumps({"level": level, "core": core, **asdict(limits)})
-    command = [sys.executable, "-m", "pkt_stages.evaluation.sandbox.worker", settings]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen(
+        [*_WORKER, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
-def _stop_worker(worker: subprocess.Popen[str], limits: Limits) -> None:
+def _stop_worker(worker: subprocess.Popen[str]) -> None:
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.close()  # it ends by itself, and ends its checker
     try:
-        worker.wait(limits.seconds + 5)
+        worker.wait(5)
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()
@@ -140,4 +168,4 @@ def _ask(worker: subprocess.Popen[str], job: Job) -> Verdict:
     except (OSError, ValueError) as error:
         raise RuntimeError(f"a sandbox worker broke ({error}); its message stands above") from None
     assert answer["verdict"] in get_args(Outcome)
-    return Verdict(answer["verdict"], answer["message"])
+    return Verdict(answer["verdict"], printable(answer["message"]))

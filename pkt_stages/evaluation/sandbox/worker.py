@@ -1,11 +1,13 @@
-"""A trusted process between a candidate and its checker: starts both, carries their messages, keeps the clock.
+"""A trusted process beside the sandboxes: gives them samples, keeps the clock, and passes verdicts on.
 
 `python -m pkt_stages.evaluation.sandbox.worker` reads one JSON job a line on stdin and answers with one verdict a
-line. The verdict is the checker's, or this process's own (timeout, memory, error); the candidate has no say in it.
+line. A sample is first run as the benchmark runs it, beside its tests. What fails there has failed. What passes is
+tested once more from another sandbox, which it can neither see nor change: only then is it passed, else disputed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -15,142 +17,181 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pkt_stages.evaluation.sandbox.levels import Confined, Level, start
-from pkt_stages.evaluation.sandbox.plain import HEADER_SIZE
+from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, Server, Unavailable, seccomp_filter, start
+from pkt_stages.evaluation.sandbox.plain import framed, unframed
+from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
-MAX_MESSAGE = 8 << 20  # bytes
 _SET_CHILD_SUBREAPER = 36
-_CHECKER_MEMORY_MB = 1024
+_CHECKER_MEMORY_MB = 2048
+_WALL = 3  # times its limit of CPU time a sample may take: on a busy machine it has to wait for a core
+# Apart from its tests a sample may take more than its limits, which hold beside them: each value has to be carried.
+_APART = 3  # times as much CPU time
+_CARRYING_MB = 1024
+_MAX_VERDICT = 1 << 16  # bytes
+_TICK = 0.1  # seconds
+_GRACE = 1.0  # seconds in which a process ends that has nothing left to do
+_VERDICTS = ("passed", "failed", "error", "memory")
 
 
 class TimeUp(Exception):
     """The sample's time is used up."""
 
 
-class Ended(Exception):
-    """A confined process has closed its pipe."""
+class Clock:
+    """Wall-clock time as this process lives through it: while it is stopped, or its machine is, nothing passes.
 
+    A sample that computes meanwhile has its limit of CPU time.
+    """
 
-class TooMuch(Exception):
-    """A message longer than MAX_MESSAGE."""
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._seen = time.monotonic()
 
-
-class Channel:
-    """Messages to and from a confined process, never blocking beyond a deadline."""
-
-    def __init__(self, process: Confined) -> None:
-        self.process = process
-        os.set_blocking(process.stdin, False)
-
-    def send(self, body: bytes, deadline: float) -> None:
-        view = memoryview(len(body).to_bytes(HEADER_SIZE, "big") + body)
-        while view:
-            self._wait(deadline, write=True)
-            try:
-                view = view[os.write(self.process.stdin, view[: 1 << 16]) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise Ended from None
-
-    def receive(self, deadline: float) -> bytes:
-        size = int.from_bytes(self._read(HEADER_SIZE, deadline), "big")
-        if size > MAX_MESSAGE:
-            raise TooMuch(f"a value of {size >> 20} MB; at most {MAX_MESSAGE >> 20} MB")
-        return self._read(size, deadline)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = []
-        while size:
-            self._wait(deadline, write=False)
-            part = os.read(self.process.stdout, min(size, 1 << 16))
-            if not part:
-                raise Ended
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def _wait(self, deadline: float, *, write: bool) -> None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeUp
-        pipes = ([], [self.process.stdin]) if write else ([self.process.stdout], [])
-        if not any(select.select(*pipes, [], left)):
+    def tick(self) -> None:
+        """Raise TimeUp when nothing is left."""
+        now = time.monotonic()
+        self._left -= min(now - self._seen, 2 * _TICK)
+        self._seen = now
+        if self._left <= 0:
             raise TimeUp
 
 
 class Worker:
-    """Judges candidates one at a time; every candidate gets a fresh sandbox, the checker's lives on."""
+    """Judges samples one at a time, each in processes of its own."""
 
     def __init__(self, level: Level, seconds: float, memory_mb: int) -> None:
         self._level: Level = level
         self._seconds = seconds
         self._memory_mb = memory_mb
-        self._checker: Channel | None = None
+        self._program = _program(seccomp_filter(level))
+        self._servers: dict[str, Server] = {}
 
     def judge(self, job: dict[str, Any]) -> dict[str, str]:
-        deadline = time.monotonic() + self._seconds
-        checker = self._running_checker()
-        candidate = Channel(self._start("candidate", self._memory_mb, 1))
-        kept, grace = False, 0.0
-        try:
-            verdict = self._relay(job, checker, candidate, deadline)
-            kept = True
-        except TimeUp:
-            verdict = {"verdict": "timeout", "message": f"more than {self._seconds:g} s"}
-        except TooMuch as error:
-            verdict = {"verdict": "error", "message": str(error)[:200]}
-        except Ended:
-            grace = 0.2  # its pipe closes a little before it has ended
-            verdict = {"verdict": "error", "message": "the candidate's process ended during the tests"}
-        finally:
-            if not kept:
-                self.close()
-            killed = candidate.process.stop(grace)
-            self._end_strays()
-        if killed and verdict["verdict"] == "error":
-            verdict = {"verdict": "memory", "message": f"killed, most likely beyond {self._memory_mb} MB"}
-        return verdict
+        """The verdict on a sample: passed, failed, error, memory, timeout or disputed, and a message."""
+        beside = self._run("plain", job)
+        if beside["verdict"] != "passed":
+            return beside
+        apart = self._run("check", job)
+        if apart["verdict"] == "passed":
+            return apart
+        told = f"passes beside its tests, not apart from them ({apart['verdict']}: {apart['message']})"
+        return {"verdict": "disputed", "message": told[:300]}
 
     def close(self) -> None:
-        """End the checker; the next candidate gets a fresh one."""
-        if self._checker is not None:
-            self._checker.process.stop(0)
-            self._checker = None
+        """End the sandboxes; the next sample gets fresh ones."""
+        for server in self._servers.values():
+            server.kill()
+        self._servers.clear()
+        self._end_strays()
+
+    def _run(self, role: str, job: dict[str, Any]) -> dict[str, str]:
+        clock = Clock(_WALL * self._seconds)
+        seconds, memory_mb = self._seconds, self._memory_mb
+        given, giving = os.pipe()
+        telling, told = os.pipe()
+        try:
+            judge = candidates = self._server("candidates")
+            if role == "plain":
+                candidates.run(role, [given, told], memory_mb, seconds)
+            else:
+                (asked, asking), (answering, answered) = os.pipe(), os.pipe()
+                seconds, memory_mb = _APART * seconds, memory_mb + _CARRYING_MB
+                candidates.run("candidate", [asked, answered], memory_mb, seconds)
+                judge = self._server("checkers")
+                judge.run(role, [given, told, asking, answering], _CHECKER_MEMORY_MB, seconds)
+            verdict = _exchange(giving, framed(json.dumps(job).encode()), telling, clock)
+            ended = [self._end(server) for server in dict.fromkeys((judge, candidates))]
+        except TimeUp:
+            self.close()
+            return {"verdict": "timeout", "message": f"more than {_WALL * self._seconds:g} s"}
+        finally:
+            os.close(giving)
+            os.close(telling)
+            self._end_strays()
+        return verdict or _without_verdict(*ended[0], seconds=seconds, memory_mb=memory_mb)
+
+    def _server(self, name: str) -> Server:
+        server = self._servers.get(name)
+        if server is not None and select.select([server.control], [], [], 0)[0]:  # it speaks unasked: it has ended
+            server.kill()
+            server = None
+        if server is None:
+            server = self._servers[name] = start(self._level, self._program)
+        return server
+
+    def _end(self, server: Server) -> tuple[int, float]:
+        """How a sample's process ended; if it does not end by itself now, its sandbox does."""
+        clock = Clock(_GRACE)
+        with contextlib.suppress(TimeUp, EOFError):
+            while not select.select([server.control], [], [], _TICK)[0]:
+                clock.tick()
+            return server.ended()
+        server.kill()
+        self._servers = {name: other for name, other in self._servers.items() if other is not server}
+        return 0, 0.0
 
     def _end_strays(self) -> None:
         """Kill what outlived its sample: as the subreaper, this process has inherited it."""
-        keep = self._checker.process.pid if self._checker else -1
-        while strays := _children() - {keep}:
+        keep = {server.pid for server in self._servers.values()}
+        while strays := _children() - keep:
             for pid in strays:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
-    def _relay(self, job: dict[str, Any], checker: Channel, candidate: Channel, deadline: float) -> dict[str, str]:
-        checker.send(json.dumps(job).encode(), deadline)
-        while True:
-            message = checker.receive(deadline)
-            if message.startswith(b'{"verdict"'):  # its requests begin otherwise, see plain.encode
-                return dict(json.loads(message))
-            candidate.send(message, deadline)
-            checker.send(candidate.receive(deadline), deadline)
 
-    def _running_checker(self) -> Channel:
-        if self._checker is None:
-            self._checker = Channel(self._start("checker", _CHECKER_MEMORY_MB, 2))
-        return self._checker
+def _exchange(giving: int, body: bytes, telling: int, clock: Clock) -> dict[str, str] | None:
+    """Write a job to one pipe and read a verdict from the other; None if its writer ends without one.
 
-    def _start(self, role: str, memory_mb: int, num_processes: int) -> Confined:
-        return start(
-            self._level,
-            _source(role),
-            memory_mb=memory_mb,
-            cpu_seconds=int(self._seconds) + 1,
-            num_processes=num_processes,
-        )
+    Raises:
+        TimeUp: before that.
+    """
+    os.set_blocking(giving, False)
+    left, told = memoryview(body), b""
+    while True:
+        # What is there already counts, however late it is seen.
+        ready, writable, _ = select.select([telling], [giving] if left else [], [], _TICK)
+        if ready:
+            part = os.read(telling, 1 << 16)
+            told += part
+            if not part or len(told) > _MAX_VERDICT:
+                return None
+            if (verdict := _verdict(told)) is not None:
+                return verdict
+        if writable:
+            try:
+                left = left[os.write(giving, left) :]
+            except BrokenPipeError:
+                left = left[:0]
+        clock.tick()
+
+
+def _verdict(told: bytes) -> dict[str, str] | None:
+    """The verdict, when all of it has arrived. It may be the candidate's word, so it may be anything."""
+    body = unframed(told)
+    if body is None:
+        return None
+    try:
+        found = json.loads(body)
+        verdict, message = found["verdict"], found["message"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return {"verdict": verdict, "message": str(message)[:200]} if verdict in _VERDICTS else None
+
+
+def _without_verdict(status: int, used: float, *, seconds: float, memory_mb: int) -> dict[str, str]:
+    """What became of a process that ended without a verdict."""
+    if not os.WIFSIGNALED(status):
+        return {"verdict": "error", "message": "the process ended during the tests"}
+    number = os.WTERMSIG(status)
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and used >= seconds):
+        return {"verdict": "timeout", "message": f"more than {seconds:g} s of CPU"}
+    if number == signal.SIGKILL:
+        return {"verdict": "memory", "message": f"killed, most likely beyond {memory_mb} MB"}
+    return {"verdict": "error", "message": f"the process was ended by {signal.Signals(number).name}"}
 
 
 def _children() -> set[int]:
@@ -160,25 +201,51 @@ def _children() -> set[int]:
             tasks = Path("/proc/self/task").iterdir()
             return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
         except (FileNotFoundError, ProcessLookupError):
-            continue  # a thread (sandlock has some) ended between the two looks; its children are another's now
+            continue  # a thread ended between the two looks; its children are another's now
+
+
+_IN_SANDBOX = ("plain", "candidate", "checker", "server")
 
 
 @functools.cache
-def _source(role: str) -> str:
-    """The program of a role as one text, since a sandbox can read none of this package's files; compiled already."""
+def _program(filter_program: bytes) -> bytes:
+    """What runs in a sandbox, as one program, since it can read none of this package's files; compiled already."""
     folder = Path(__file__).parent
-    lines = (folder / f"{role}.py").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not line.startswith(("from __future__", "from pkt_stages"))]
-    program = "\n".join([(folder / "plain.py").read_text(encoding="utf-8"), *kept, "serve()"])
-    compiled = marshal.dumps(compile(program, f"<{role}>", "exec"))
-    return f"import marshal\nexec(marshal.loads(bytes.fromhex({compiled.hex()!r})))"
+    lines = ["from __future__ import annotations"]
+    for name in _IN_SANDBOX:
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        lines += [line for line in text.splitlines() if not line.startswith(("from __future__", "from pkt_stages"))]
+    lines.append(f"serve({filter_program!r})")
+    return marshal.dumps(compile("\n".join(lines), "<sandbox>", "exec", dont_inherit=True))
+
+
+def probe(memory_mb: int) -> Iterator[tuple[Level, str]]:
+    """Each level with what keeps this host from it, down to the first that judges a sample here: with nothing."""
+    job = {"code": "def f(x):\n    return [x]\n", "prefix": "", "entry": "f", "setup": "", "call": ""}
+    for level in LEVELS:
+        try:
+            worker = Worker(level, 20.0, memory_mb)
+            try:
+                verdict = worker.judge({**job, "tests": "assert f(42) == [42]"})
+            finally:
+                worker.close()
+            reason = "" if verdict["verdict"] == "passed" else "a trial: {verdict}, {message}".format(**verdict)
+        except (Unavailable, OSError) as error:
+            reason = str(error)
+        yield level, reason
+        if not reason:
+            return
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # sandlock answers many of a candidate's system calls from here: on the same core that costs half as much.
-    os.sched_setaffinity(0, {settings["core"]})
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
+    if "level" not in settings:
+        print(json.dumps(dict(probe(settings["memory_mb"]))))
+        return
+    os.sched_setaffinity(0, {settings["core"]})  # the processes of a sample wait for each other: one core is enough
     worker = Worker(settings["level"], settings["seconds"], settings["memory_mb"])
     try:
         for line in sys.stdin:
