@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # What can change a result; the rest of the package is plumbing.
-CODE = ("core", "models", "methods", "evaluation", "tasks", "stages", "encoding.py")
+CODE = ("core", "models", "methods", "evaluation", "tasks", "stages", "encoding.py", "templates.py")
 LIBRARIES = ("torch", "transformers", "peft", "trl")
 CHOSEN = "chosen.json"  # what a folder of published steps holds beside them
 

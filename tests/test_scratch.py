@@ -31,6 +31,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "methods/m.py",
         "models/m.py",
         "encoding.py",
+        "templates.py",
         "artifacts.py",
     ):
         path = tmp_path / name
@@ -48,6 +49,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("methods/m.py", False),
         ("tasks/t/task.yaml", False),
         ("encoding.py", False),
+        ("templates.py", False),
         ("artifacts.py", True),
     ],
 )

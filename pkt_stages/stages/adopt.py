@@ -33,6 +33,7 @@ def run(metrics: Mapping[str, Any], task: str, params: EvaluateParams) -> str | 
         return f"is of task {metrics['task']!r}, not {task}"
     made, wanted = dict(metrics["settings"]), asdict(params)
     level = made.pop("sandbox", None)
+    made.pop("template_date", None)  # the same for all
     if level is not None and LEVELS.index(level) > LEVELS.index(params.sandbox_floor):
         floor = params.sandbox_floor
         return f"was made in a sandbox of level {level}, this profile's `evaluate` says sandbox_floor {floor}"

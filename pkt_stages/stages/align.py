@@ -116,17 +116,19 @@ def align(
     from pkt_stages.models.alignment import Alignment, draw
     from pkt_stages.models.selection import INDICES, ROWS, check_target, open_selection
     from pkt_stages.scratch import CHOSEN, Steps, fingerprint
+    from pkt_stages.templates import dated
 
     watch = Stopwatch()
     load.check_device(device)
     chosen = open_selection(selection, rate=params.rate, variant=params.variant)
     ref = load.resolve(target)
     check_target(chosen, load.identity(ref), target)
-    data = read_data(load.load_tokenizer(ref), chosen, extract, align, params)
+    tokenizer = load.load_tokenizer(ref)
+    data = read_data(tokenizer, chosen, extract, align, params)
     draw(list(data.align), params)  # complain before a large model is loaded
     artifacts.check_replaceable(out, CHOSEN)
     meta = {side: chosen.meta[side] for side in ("source", "target")}
-    meta |= {"method": method, "params": asdict(params) | by.facts()}
+    meta |= {"method": method, "params": asdict(params) | by.facts(), **dated(tokenizer, params.template)}
     facts = [meta, asdict(data), device, micro_batch_size]
     kept = Steps(scratch, fingerprint(facts, [selection / INDICES, selection / ROWS]))
     model = load.load_model(ref, dtype=params.dtype, device=device)

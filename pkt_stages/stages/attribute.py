@@ -20,6 +20,7 @@ from pkt_stages.options import SCRATCH, Device, DType, Model, Scratch, Stopwatch
 from pkt_stages.parallel import Group, joined
 from pkt_stages.progress import track
 from pkt_stages.scratch import Shards, Units, fingerprint
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +146,7 @@ def attribute(
         "examples": [{"set": name, "id": example.id} for name, example in sets],
         "predicted": [tokenizer.decode([item.predicted]) for item in located],
         "params": asdict(params),
+        **dated(tokenizer, params.template),
         "plain_share": plain_share,
         "units": {"scores": "nats", "gain": "nats"},
     }

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -127,6 +127,8 @@ class SpacedTokenizer:
     bos_token = None
     eos_token_id = -1
     eos_token = "</s>"
+    is_fast = True
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, letters: dict[str, list[int]]) -> None:
         self._letters = letters
