@@ -18,7 +18,7 @@ from pkt_stages.evaluation.backends import Backend
 from pkt_stages.evaluation.likelihood import answer_log_likelihoods, choice_log_likelihood
 from pkt_stages.evaluation.scoring import best, pass_at_k, reference_of
 from pkt_stages.evaluation.settings import Decoding
-from pkt_stages.examples import Example
+from pkt_stages.examples import Example, check_ids
 from pkt_stages.templates import Template, dated
 
 if TYPE_CHECKING:
@@ -213,12 +213,9 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
     its = tasks.load(task)
     if not examples:
         raise UserError(f"task {task}: no example to evaluate")
-    seen: set[str] = set()
     for example in examples:
         its.check(example)
-        if example.id in seen:
-            raise UserError(f"example {example.id}: this id occurs twice in the test set")
-        seen.add(example.id)
+    check_ids({"the test set": examples})
 
 
 def _load_task(

@@ -59,7 +59,7 @@ def adopt(
     """Take over a shared model's evaluation from another profile, if it was made with the same settings."""
     watch = Stopwatch()
     try:
-        metrics = json.loads(metrics_in.read_text(encoding="utf-8"))
+        metrics = json.loads(metrics_in.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{metrics_in}: no such metrics; run the profile that makes them") from None
     except (OSError, ValueError) as error:

@@ -165,9 +165,6 @@ def read_data(tokenizer: Any, selection: Selection, extract: Path, align: Path, 
         raise UserError(f"{params.steps} steps need as many extract examples, the selection has {len(known)}")
     selection.transferred(None)  # there must be some
     aligned = read_examples(align)
-    ids = [e.id for e in aligned]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{align}: id {next(i for i in ids if ids.count(i) > 1)} stands twice; ids must differ")
 
     def encoded(examples: Any, labels: Labels) -> dict[str, Encoded]:
         return {

@@ -129,6 +129,15 @@ def test_own_sets_that_are_too_small_or_overlap() -> None:
         split(own, [], replace(SMALL, max_chars=100))
 
 
+def test_own_sets_that_share_an_id() -> None:
+    """Two examples that are called alike, in files that become one profile's sets."""
+    own = own_sets()
+    same = replace(own["align"][1], id="extract_0")
+    with pytest.raises(UserError) as caught:
+        run({**own, "align": [same, *own["align"][2:]], "test": pool(1, "test")}, SMALL)
+    assert str(caught.value) == "align: id 'extract_0' is in extract, too; give each example one of its own"
+
+
 def test_the_command_on_own_sets(pkt: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name, examples in own_sets().items():
