@@ -82,10 +82,11 @@ def test_another_file_or_value_is_another_run(tmp_path: Path) -> None:
 def test_steps_are_published_with_what_was_chosen(tmp_path: Path) -> None:
     steps, out = Steps(tmp_path / "scratch", "run"), tmp_path / "out"
     steps.folder.mkdir(parents=True)
-    for step in (1, 2, 3):
-        steps.checkpoint(step).write_text(f"mapping {step}")
-    for number in (3, 2):  # the second time in place of the first one's
-        steps.publish(out, number, chosen={"step": number})
+    for number in (2, 3):  # the second time in place of the first one's
+        for step in range(1 if number == 2 else 3, number + 1):
+            steps.checkpoint(step).write_text(f"mapping {step}")
+            steps.save({"steps": step})
+        steps.publish(out, chosen={"step": number})
         names = [f"step_{step:02}.safetensors" for step in range(1, number + 1)]
         assert sorted(path.name for path in out.iterdir()) == ["chosen.json", *names]
         assert [(out / name).read_text() for name in names] == [f"mapping {step}" for step in range(1, number + 1)]
@@ -99,7 +100,7 @@ def test_steps_take_the_place_of_nothing_else(tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError) as caught:
-        steps.publish(out, 0, chosen={})
+        steps.publish(out, chosen={})
     assert str(caught.value) == (
         f"{out}: holds thesis.tex and no chosen.json, so it is not ours to replace; give a new folder"
     )

@@ -136,7 +136,7 @@ def align(
     with curve_writer(curves) as log:
         made = run(alignment, params, meta, kept, log)
     hashes = {step["step"]: step["weights_hash"] for step in made["steps"]}
-    kept.publish(out, params.steps, {"chosen_step": made["chosen_step"], "weights_hash": hashes, **meta})
+    kept.publish(out, {"chosen_step": made["chosen_step"], "weights_hash": hashes, **meta})
     artifacts.write_json(metrics, made | {"selection": chosen.meta["params"]})
     kept.remove()
     before, after = made["validation_loss_without_delta"], made["steps"][made["chosen_step"] - 1]["validation_loss"]

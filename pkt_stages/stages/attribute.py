@@ -70,7 +70,8 @@ def run(
 
     def kept(name: str) -> dict[str, Tensor]:
         found = units.get(name)
-        assert found is not None, name
+        if found is None:
+            raise UserError(f"scratch: {name} was removed or changed while this ran; run again")
         return found
 
     contexts = [item.context for item in located]
