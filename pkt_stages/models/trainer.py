@@ -173,7 +173,9 @@ def _last_whole(folder: Path) -> str | None:
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{_WHOLE}")]
     for checkpoint in sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         hashes = read_value(checkpoint / _WHOLE)
-        if hashes is not None and hashes == _hashes(checkpoint):
+        if hashes is None:
+            continue  # without its mark it counts no longer
+        if hashes == _hashes(checkpoint):
             return str(checkpoint)
         set_aside(checkpoint)
     return None
