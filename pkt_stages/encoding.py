@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
 from pkt_stages.params import option
-from pkt_stages.templates import Prompt, Template, check_free, controls, render_prompt
+from pkt_stages.templates import Controls, Prompt, Template, check_free, controls, render_prompt
 
 Labels = Literal["answer", "all", "reference_code"]
 
@@ -65,10 +65,15 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer is no fast one (tokenizer.json); convert it")
     prompt = text if isinstance(text, Prompt) else Prompt("") + text
-    found = list(controls(tokenizer, prompt.markers).pattern.finditer(prompt))
+    known = controls(tokenizer, prompt.markers)
+    found = list(known.pattern.finditer(prompt))
     written = [match[0] for match in found if prompt.owns(match)]
     run = _as_text if len(written) < len(found) else _as_it_is
     ids, spans = run(tokenizer, prompt, False)
+    forbidden = _forbidden(tokenizer, known)
+    if sum(id in forbidden for id in ids) > len(written):  # what looks so after normalisation only
+        run = _as_text
+        ids, spans = run(tokenizer, prompt, False)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos not in written or (bos == eos and not prompt.lstrip().startswith(bos)):
         ids, spans = run(tokenizer, prompt, True)
@@ -103,13 +108,20 @@ def _as_text(tokenizer: Any, prompt: Prompt, special: bool) -> tuple[list[int], 
         known.pattern.sub(lambda found: known.stand_ins[found[0]] if prompt.owns(found) else found[0], prompt),
         add_special_tokens=special,
     )
+    forbidden = _forbidden(tokenizer, known)
     for id, (start, end) in zip(made.ids, made.offsets, strict=True):
-        if end > start and id in known.ids.values() and id != tokenizer.unk_token_id:
+        if end > start and id in forbidden:
+            around = prompt[max(0, start - 30) : end + 30]
             raise UserError(
-                f"{tokenizer.name_or_path}: its tokenizer has no way to read {prompt[start:end]!r} as text;"
-                " leave such examples out"
+                f"{tokenizer.name_or_path}: its tokenizer has no way to read {prompt[start:end]!r} in {around!r} as"
+                " text; leave such examples out"
             )
     return [ids.get(id, id) for id in made.ids], list(made.offsets)
+
+
+def _forbidden(tokenizer: Any, known: Controls) -> set[int]:
+    """The ids that no text may become; that of unknown characters is no control token where text has them."""
+    return set(known.ids.values()) - {tokenizer.unk_token_id}
 
 
 @functools.lru_cache(maxsize=8)

@@ -208,7 +208,7 @@ class Steps(_Folder):
         """Replace the state after one more step; a kill leaves the old one or the new one."""
         import torch
 
-        self._hashes.append(content_hash(self.checkpoint(len(self._hashes) + 1)))
+        self._hashes.append(self._unchanged(self.checkpoint(len(self._hashes) + 1), None))
         content = io.BytesIO()  # torch's own errors of a full disk say nothing of a disk
         torch.save({**state, "checkpoints": self._hashes}, content)
         write_checked(self._state, content.getbuffer())
@@ -247,13 +247,16 @@ class Steps(_Folder):
         with replaced_folder(out, CHOSEN) as folder:
             for step, expected in enumerate(self._hashes, start=1):
                 path = self.checkpoint(step)
-                try:
-                    shutil.copyfile(path, folder / path.name)
-                except FileNotFoundError:
-                    expected = ""
-                if not expected or content_hash(folder / path.name) != expected:
-                    raise UserError(f"{path}: was removed or changed while this ran; run again")
+                self._unchanged(path, expected)
+                shutil.copyfile(path, folder / path.name)
             write_json(folder / CHOSEN, chosen)
+
+    def _unchanged(self, path: Path, expected: str | None) -> str:
+        """The hash of a file, which is as expected if that is given; else UserError."""
+        found = content_hash(path) if path.is_file() else ""
+        if not found or found != (expected or found):
+            raise UserError(f"{path}: was removed or changed while this ran; run again")
+        return found
 
 
 def checkpoint_name(step: int) -> str:

@@ -146,7 +146,7 @@ def check_free(tokenizer: Any, text: str) -> None:
     if found := STAND_INS.search(text):
         raise UserError(
             f"a text with control tokens of {tokenizer.name_or_path} and the undefined character"
-            f" U+{ord(found[1]):X}: remove one of them"
+            f" U+{ord(found[1]):X} ({text[max(0, found.start() - 30) : found.end() + 30]!r}): remove one of them"
         )
 
 
@@ -235,5 +235,5 @@ def _bounded() -> Iterator[None]:
     finally:
         if is_timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
+            signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)  # None: not Python's
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pkt_stages import tasks
@@ -237,15 +237,30 @@ def test_parts_between_control_tokens_stay_as_they_are() -> None:
 
 
 def test_a_tokenizer_that_cannot_read_it_as_text() -> None:
-    with pytest.raises(UserError, match=r"no way to read '<s>' as text; leave such examples out$"):
+    with pytest.raises(UserError, match=r"no way to read '<s>' in 'a <s> b' as text; leave such examples out$"):
         tokenize(unigram(), "a <s> b")
     assert tokenize(unigram(), "a b")[0][0] == 1
+
+
+def test_what_looks_like_a_control_token_after_normalisation() -> None:
+    """Wide brackets become narrow ones, and the tokenizer looks for its special tokens after that."""
+    words = ["<unk>", "<s>", *"ab <>/s"]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    made.normalizer = normalizers.NFKC()
+    made.add_special_tokens([AddedToken("<s>", normalized=True)])
+    other = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", unk_token="<unk>")
+    wide = "a \uff1cs\uff1e b"
+    assert other(wide, add_special_tokens=False)["input_ids"].count(1) == 1
+    assert other.convert_ids_to_tokens(tokenize(other, wide)[0]) == [*"a <s> b"]
+    other.chat_template = "<s>{{ messages[0].content }}"
+    found = tokenize(other, render_prompt(other, "chat", wide) + wide)[0]
+    assert other.convert_ids_to_tokens(found) == ["<s>", *"a <s> ba <s> b"]
 
 
 def test_a_text_that_writes_stand_ins(tokenizer: Any) -> None:
     ids, _ = tokenize(tokenizer, "\U000f0000\U000f0000\U000f0000")
     assert not set(ids[1:]) & set(tokenizer.all_special_ids)
-    message = r"a text with control tokens of .* and the undefined character U\+F0003: remove one of them$"
+    message = r"a text with control tokens of .* and the undefined character U\+F0003 \('.* <s>'\): remove one of them$"
     for run in (lambda text: render_prompt(tokenizer, "chat", text), lambda text: tokenize(tokenizer, text)):
         with pytest.raises(UserError, match=message):
             run("\U000f0003 <s>")

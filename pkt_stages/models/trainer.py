@@ -245,6 +245,8 @@ class _Watch(TrainerCallback):
         self._group.wait()  # every process has written its part
         if self._group.is_first:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not checkpoint.is_dir():
+                raise UserError(f"{checkpoint}: was removed while this ran; run again")
             for path in _files(checkpoint):
                 flush(path)
             write_value(checkpoint / _WHOLE, _hashes(checkpoint))
