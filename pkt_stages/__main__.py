@@ -68,7 +68,7 @@ def main() -> None:
 def _lacks_space(error: BaseException | None) -> bool:
     """Whether a full disk, quota or file size limit is behind an error; libraries have their own ways to say so."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    words = [*map(os.strerror, numbers), "PytorchStreamWriter failed writing"]
+    words = [*map(os.strerror, numbers), "PytorchStreamWriter failed writing", ". unexpected pos "]
     while error is not None:
         if getattr(error, "errno", None) in numbers or any(text in str(error) for text in words):
             return True

@@ -212,14 +212,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def flush(path: Path) -> None:
+    """Return when the file's content is on the disk: a name that it gets afterwards never stands for less."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _unwritable(path: Path, error: OSError) -> Exception:
@@ -259,6 +264,9 @@ def replaced_folder(out: Path, mark: str) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         assert (beside / mark).is_file(), mark
+        for path in beside.rglob("*"):
+            if path.is_file():
+                flush(path)
         shutil.rmtree(out, ignore_errors=True)
         beside.replace(out)
     except OSError as error:

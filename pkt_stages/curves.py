@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import typer
 
@@ -53,8 +55,17 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a nested record by path, `a/b/c`; lists and texts are left out."""
     found: dict[str, float] = {}
     for key, value in record.items():
+        name = f"{prefix}{_file_name(key)}"
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{key}/")
+            found |= numbers(value, f"{name}/")
         elif isinstance(value, (int, float)):
-            found[f"{prefix}{key}"] = value
+            found[name] = value
     return found
+
+
+def _file_name(key: str) -> str:
+    """A key as a file's name, for dvclive makes one of it; ids of examples are keys, too."""
+    name = quote(key, safe=" ")
+    if len(name) > 100:
+        return f"{name[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return name.replace(".", "%2E") if not name.strip(". ") else name

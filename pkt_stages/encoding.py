@@ -1,19 +1,22 @@
-"""From examples to token ids: chat templates, label masks, and the token whose prediction is attributed.
+"""From examples to token ids: label masks, and the token whose prediction is attributed.
 
-One rule for BOS everywhere (training, attribution, evaluation): exactly one if the tokenizer has one. A chat template
-that writes its own gets none added; other templates get the tokenizer's.
+Two rules hold everywhere (training, attribution, evaluation, texts). BOS: exactly one if the tokenizer has one; a chat
+template that writes its own gets none added, other templates get the tokenizer's. Control tokens (BOS, EOS, those of
+roles) come from the template and the tokenizer alone: what looks like one in an example is text and is read as such.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
 from pkt_stages.params import option
+from pkt_stages.templates import Controls, Prompt, Template, check_free, controls, render_prompt
 
-Template = Literal["chat", "tulu", "llama2", "none"]
 Labels = Literal["answer", "all", "reference_code"]
 
 # The authors strip `. " space ) newline , ]` and take the last token; a closing code fence is no answer either.
@@ -50,42 +53,95 @@ class Located:
     predicted: int
 
 
-def render_prompt(tokenizer: Any, template: Template, prompt: str) -> str:
-    """The text up to where the assistant's answer begins.
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Token ids with exactly one BOS (if the tokenizer has one), and where in `text` each token starts.
 
-    `chat`: the tokenizer's own; `tulu`: open-instruct's; `llama2`: Llama-2's; `none`: the prompt and a newline.
+    Args:
+        text: a `Prompt`, whose template's control tokens count, or any other text, which has none.
 
     Raises:
-        UserError: `chat` with a tokenizer that has no template, or an unknown template.
+        UserError: the tokenizer cannot say where tokens start, or makes a control token of text.
     """
-    if template == "chat":
-        if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer is no fast one (tokenizer.json); convert it")
+    prompt = text if isinstance(text, Prompt) else Prompt("") + text
+    known = controls(tokenizer, prompt.markers)
+    found = list(known.pattern.finditer(prompt))
+    written = [match[0] for match in found if prompt.owns(match)]
+    run = _as_text if len(written) < len(found) else _as_it_is
+    ids, spans = run(tokenizer, prompt, False)
+    forbidden = _forbidden(tokenizer, known)
+    if sum(id in forbidden for id in ids) > len(written):  # what looks so after normalisation only
+        run = _as_text
+        ids, spans = run(tokenizer, prompt, False)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if bos not in written or (bos == eos and not prompt.lstrip().startswith(bos)):
+        ids, spans = run(tokenizer, prompt, True)
+        # Some tokenizers append EOS among their special tokens; an answer's end is not known to them.
+        if ids and ids[-1] == tokenizer.eos_token_id and spans[-1] == (0, 0):
+            ids, spans = ids[:-1], spans[:-1]
+    return ids, [start for start, _ in spans]
+
+
+Spans = list[tuple[int, int]]
+
+
+def _as_it_is(tokenizer: Any, prompt: Prompt, special: bool) -> tuple[list[int], Spans]:
+    """Ids and spans of a text in which every control token is one.
+
+    Args:
+        special: whether to add what the tokenizer adds: BOS, and with some EOS.
+    """
+    made = tokenizer(str(prompt), add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    return list(made["input_ids"]), list(made["offset_mapping"])
+
+
+def _as_text(tokenizer: Any, prompt: Prompt, special: bool) -> tuple[list[int], Spans]:
+    """The same, where what an example's text has of control tokens is none.
+
+    A copy of the tokenizer knows no control token but by its stand-in, which takes the place of those of the template.
+    """
+    check_free(tokenizer, prompt)
+    known = controls(tokenizer, prompt.markers)
+    blind, ids = _blind(tokenizer, prompt.markers)
+    made = blind.encode(
+        known.pattern.sub(lambda found: known.stand_ins[found[0]] if prompt.owns(found) else found[0], prompt),
+        add_special_tokens=special,
+    )
+    forbidden = _forbidden(tokenizer, known)
+    for id, (start, end) in zip(made.ids, made.offsets, strict=True):
+        if end > start and id in forbidden:
+            around = prompt[max(0, start - 30) : end + 30]
             raise UserError(
-                f"template 'chat': the tokenizer of {tokenizer.name_or_path} has no chat template;"
-                " choose tulu, llama2 or none"
+                f"{tokenizer.name_or_path}: its tokenizer has no way to read {prompt[start:end]!r} in {around!r} as"
+                " text; leave such examples out"
             )
-        messages = [{"role": "user", "content": prompt}]
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
-    if template == "tulu":
-        return f"<|user|>\n{prompt}\n<|assistant|>\n"
-    if template == "llama2":
-        return f"[INST] {prompt} [/INST] "
-    if template == "none":
-        return f"{prompt}\n"
-    raise UserError(f"unknown template {template!r}; expected one of {', '.join(get_args(Template))}")
+    return [ids.get(id, id) for id in made.ids], list(made.offsets)
 
 
-def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids with exactly one BOS (if the tokenizer has one), and where in `text` each token starts."""
-    bos = getattr(tokenizer, "bos_token", None)
-    written = bos is not None and text.startswith(bos)
-    encoded = tokenizer(text, add_special_tokens=not written, return_offsets_mapping=True, verbose=False)
-    ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-    # Some tokenizers append EOS among their special tokens; an answer's end is not known to them.
-    if not written and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids, starts = ids[:-1], starts[:-1]
-    return ids, starts
+def _forbidden(tokenizer: Any, known: Controls) -> set[int]:
+    """The ids that no text may become; that of unknown characters is no control token where text has them."""
+    return set(known.ids.values()) - {tokenizer.unk_token_id}
+
+
+@functools.lru_cache(maxsize=8)
+def _blind(tokenizer: Any, markers: frozenset[str]) -> tuple[Any, dict[int, int]]:
+    """A copy of a tokenizer that knows its control tokens by their stand-ins only, and their ids by the copy's."""
+    from tokenizers import AddedToken, Tokenizer
+
+    known = controls(tokenizer, markers)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"truncation": None, "padding": None}
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] in markers
+    blind = Tokenizer.from_str(json.dumps(state))
+    for token in state["added_tokens"]:
+        if token["content"] in known.ids:
+            how = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            blind.add_tokens([AddedToken(known.stand_ins[token["content"]], special=False, **how)])
+    blind.encode_special_tokens = True  # its word for: read them as text
+    own = {token.content: id for id, token in blind.get_added_tokens_decoder().items()}
+    return blind, {own[known.stand_ins[text]]: id for text, id in known.ids.items()}
 
 
 def encode(

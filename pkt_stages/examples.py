@@ -54,8 +54,8 @@ def read_examples(path: Path, num_examples: int | None = None) -> list[Example]:
         num_examples: only the first so many; all by default.
 
     Raises:
-        UserError: naming the line, if the file is missing, empty, not JSON, or not a user/assistant exchange; or it
-            holds fewer.
+        UserError: naming the line, if the file is missing, empty, not JSON, or not a user/assistant exchange; an id
+            that is no text or stands twice; fewer examples. A row without `id` is called after file and line.
     """
     examples = []
     for number, row in read_jsonl(path):
@@ -69,22 +69,49 @@ def read_examples(path: Path, num_examples: int | None = None) -> list[Example]:
             )
         reference = row.get("reference", {})
         _check_reference(reference, where)
+        for key in ("dataset", "prefix"):
+            if not isinstance(row.get(key, ""), str):
+                raise UserError(f"{where}: `{key}` is {type(row[key]).__name__}; expected text")
         contents = [turn.get("content") for turn in turns]
         if not all(isinstance(c, str) and c.strip() for c in contents):
             raise UserError(f"{where}: a message's `content` is empty or not text; give both turns a text")
         examples.append(
             Example(
-                dataset=str(row.get("dataset", "")),
-                id=str(row.get("id", f"{path.stem}_{number}")),
+                dataset=row.get("dataset", ""),
+                id=_id(row, f"{path.stem}_{number}", where),
                 prompt=contents[0],
                 answer=contents[1],
-                prefix=str(row.get("prefix", "")),
+                prefix=row.get("prefix", ""),
                 reference=reference,
             )
         )
+    check_ids({str(path): examples})
     if num_examples is not None and len(examples) < num_examples:
         raise UserError(f"{path}: holds {len(examples)} examples, num_examples asks for {num_examples}")
     return examples[:num_examples]
+
+
+def _id(row: Mapping[str, Any], otherwise: str, where: str) -> str:
+    """The row's id; UserError if it is null, empty or no text."""
+    found = row.get("id", otherwise)
+    if not isinstance(found, str) or not found.strip():
+        raise UserError(f"{where}: `id` is {found!r}; expected a text of its own, or no `id` at all")
+    return found
+
+
+def check_ids(sets: Mapping[str, Iterable[Example]]) -> None:
+    """Raise UserError if an id stands twice, in one set or in two that go together; metrics and deltas are told by it.
+
+    Args:
+        sets: by what to call them.
+    """
+    taken: dict[str, str] = {}
+    for name, examples in sets.items():
+        for example in examples:
+            if example.id in taken:
+                other = f"in {taken[example.id]}, too" if taken[example.id] != name else "there twice"
+                raise UserError(f"{name}: id {example.id!r} is {other}; give each example one of its own")
+            taken[example.id] = name
 
 
 def _check_reference(reference: Any, where: str) -> None:
@@ -122,6 +149,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # a byte order mark, also of a file that was appended
         if not line.strip():
             continue
         try:

@@ -105,7 +105,7 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file, or none with a content (a pipe, a device)")
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # beside its own errors PyYAML raises whatever a wrong value leads to
         raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())[:300]})") from None
 

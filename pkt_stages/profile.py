@@ -6,6 +6,7 @@ graph.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,10 @@ WORKS_ON = {
 }
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
+# Names are parts of paths, of commands and of tables; that of a method or a task of a key as well, which DVC cuts at
+# dots and in which it takes a number for a place.
+NAME = re.compile(r"\w[\w.-]*"), "letters, digits and any of _ - . (a letter, a digit or _ first)"
+KEY = re.compile(r"[^\W\d][\w-]*"), "letters, digits and any of _ - (a letter or _ first; DVC cuts keys at dots)"
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ def read_profile(path: Path) -> Profile:
     analysed = mapping(content, path, "analysed")
     pairs = {name: mapping(content, path, "pairs", name) for name in mapping(content, path, "pairs")}
     for name, pair in pairs.items():
+        _check_name(name, path, "pairs")
         if set(pair) != {"first", "second"} or not all(isinstance(model, str) for model in pair.values()):
             raise UserError(
                 f"{path}: pairs.{name}: expected the keys first and second with a model each, found {pair!r}"
@@ -216,6 +222,10 @@ def read_profile(path: Path) -> Profile:
                 )
     if strange := [task for task in profile.analysed["task"] if task not in profile.tasks]:
         raise UserError(f"{path}: analysed.task: {strange[0]!r} is not in `task` ({', '.join(profile.tasks)})")
+    for task in profile.tasks:
+        _check_name(task, path, "task", KEY)
+    for name in profile.reexpressed:
+        _check_name(name, path, "reexpressed")
     _check_lists(profile)
     return profile
 
@@ -291,6 +301,7 @@ def _methods(content: Mapping[str, Any], path: Path) -> Iterator[Method]:
         if group not in GROUPS:
             raise UserError(f"{path}: made_by.{group}: no such group; expected any of {', '.join(GROUPS)}")
         for name in mapping(content, path, "made_by", group):
+            _check_name(name, path, f"made_by.{group}", KEY)
             if name in seen:
                 raise UserError(f"{path}: made_by.{group}: {name} is in made_by.{seen[name]}, too; list it once")
             seen[name] = group
@@ -300,7 +311,7 @@ def _methods(content: Mapping[str, Any], path: Path) -> Iterator[Method]:
 def _name(content: Mapping[str, Any], path: Path, key: str) -> str:
     if not isinstance(content.get(key), str):
         raise UserError(f"{path}: {key}: expected a name, found {content.get(key)!r}")
-    return str(content[key])
+    return _check_name(content[key], path, key)
 
 
 def _names(content: Mapping[str, Any], path: Path, key: str, *, least: int = 0, within: str = "") -> list[str]:
@@ -308,4 +319,12 @@ def _names(content: Mapping[str, Any], path: Path, key: str, *, least: int = 0, 
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(value) < least:
         some = " with at least one name" if least else " of names"
         raise UserError(f"{path}: {within}{key}: expected a list{some}, found {value!r}")
-    return list(value)
+    return [_check_name(name, path, f"{within}{key}") for name in value]
+
+
+def _check_name(name: Any, path: Path, where: str, rule: tuple[re.Pattern[str], str] = NAME) -> str:
+    """The name, if it is one that paths, commands and tables can hold; else UserError."""
+    allowed, said = rule
+    if not isinstance(name, str) or not allowed.fullmatch(name):
+        raise UserError(f"{path}: {where}: {name!r} is no name here; use {said}")
+    return name

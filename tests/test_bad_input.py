@@ -138,6 +138,7 @@ def test_one_line_and_status_two(pkt: Run, world: dict[str, Path], tmp_path: Pat
     [
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/3"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 26624 vs 26516"),
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

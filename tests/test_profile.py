@@ -280,3 +280,70 @@ def test_where_nothing_is_aligned_no_neurons_need_be_attributed(tmp_path: Path) 
         params |= {"attributed": [], "analysed": NOTHING}
 
     assert read_profile(write_params(tmp_path, edit)).attributed == []
+
+
+BAD = [
+    "a/b",
+    "../a",
+    "a b",
+    "a|b",
+    "<b>",
+    "a\nb",
+    "a\x1bb",
+    "a;b",
+    "$(a)",
+    "`a`",
+    "a'b",
+    "-a",
+    ".a",
+    "",
+    "a*",
+    "a\u2028b",
+]
+
+
+@pytest.mark.parametrize("name", [*BAD, "laten_rate_0.1", "7", 7, True, None])
+def test_names_of_methods_and_tasks_go_through_dvc(tmp_path: Path, name: Any) -> None:
+    """And through paths, commands and tables."""
+    path = write_params(tmp_path, lambda params: add_row(params, "align", name, {"rate": 0.05}))
+    with pytest.raises(UserError) as caught:
+        read_profile(path)
+    rule = "use letters, digits and any of _ - (a letter or _ first; DVC cuts keys at dots)"
+    shown = str(UserError(repr(name)))
+    assert str(caught.value) == f"{path}: made_by.align: {shown} is no name here; {rule}"
+    path = write_params(tmp_path, lambda params: params["task"].update({name: dict(PARTS)}))
+    with pytest.raises(UserError) as caught:
+        read_profile(path)
+    assert str(caught.value) == f"{path}: task: {shown} is no name here; {rule}"
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("key", ["profile", "target", "oracle", "models", "source", "pairs", "reexpressed"])
+def test_names_of_models_and_profiles(tmp_path: Path, key: str, name: str) -> None:
+    def edit(params: dict[str, Any]) -> None:
+        if isinstance(params[key], dict):
+            params[key][name] = next(iter(params[key].values()))
+        else:
+            params[key] = [*params[key], name] if isinstance(params[key], list) else name
+
+    path = write_params(tmp_path, edit)
+    with pytest.raises(UserError) as caught:
+        read_profile(path)
+    rule = "use letters, digits and any of _ - . (a letter, a digit or _ first)"
+    assert str(caught.value) == f"{path}: {key}: {UserError(repr(name))} is no name here; {rule}"
+
+
+def test_models_may_have_dots(tmp_path: Path) -> None:
+    def edit(params: dict[str, Any]) -> None:
+        one_source(params)
+        rows(params, align={"laten": {}})
+        params |= {"source": ["qwen2.5"], "target": "1.5b-chat", "seek_source": [], "teacher": []}
+        params |= {"models": ["qwen2.5-chat", "1.5b-chat"], "attributed": ["qwen2.5-chat", "1.5b-chat"]}
+
+    assert read_profile(write_params(tmp_path, edit)).target == "1.5b-chat"
+
+
+def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(("\ufeff" + (ROOT / "params.yaml").read_text().replace("\n", "\r\n")).encode())
+    assert read_profile(path).content == read_profile(ROOT / "params.yaml").content

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pkt_stages.encoding import Template, render_prompt, tokenize
+from pkt_stages.encoding import tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
 from pkt_stages.examples import Example
 from pkt_stages.progress import track
 from pkt_stages.scratch import Batches, fingerprint
+from pkt_stages.templates import Template, render_prompt
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pkt_stages import tasks
-from pkt_stages.encoding import Template
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend
 from pkt_stages.evaluation.likelihood import answer_log_likelihoods, choice_log_likelihood
 from pkt_stages.evaluation.scoring import best, pass_at_k, reference_of
 from pkt_stages.evaluation.settings import Decoding
-from pkt_stages.examples import Example
+from pkt_stages.examples import Example, check_ids
+from pkt_stages.templates import Template, dated
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.sandbox.pool import Job, Verdict
@@ -144,6 +144,7 @@ def evaluate_model(
     config = _config(its)
     metric, chosen = str(config["metric_list"][0]["metric"]), config["output_type"] == "multiple_choice"
     settings: dict[str, Any] = {"backend": backend.name, "dtype": backend.dtype, "template": template}
+    settings |= dated(backend.tokenizer, template)
     ids = [example.id for example in examples]
     used: list[Batches] = []
     log_likelihoods: list[float] = []
@@ -229,12 +230,9 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
     its = tasks.load(task)
     if not examples:
         raise UserError(f"task {task}: no example to evaluate")
-    seen: set[str] = set()
     for example in examples:
         its.check(example)
-        if example.id in seen:
-            raise UserError(f"example {example.id}: this id occurs twice in the test set")
-        seen.add(example.id)
+    check_ids({"the test set": examples})
 
 
 def _load_task(

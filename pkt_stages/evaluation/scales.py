@@ -20,7 +20,7 @@ def read_scales(path: Path, changes: Mapping[str, Stored]) -> dict[str, float]:
         UserError: not such a file, or one for other changes.
     """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         chosen = {label: (float(one["scale"]), str(one["change"])) for label, one in content["chosen"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())

@@ -21,9 +21,13 @@ def best(choices: Sequence[str], log_probabilities: Sequence[float]) -> str:
 
 
 def same_number(found: str, answer: str) -> bool:
-    """Equal as decimals, without thousands commas, `$` and a trailing `.`; what is no number equals nothing."""
+    """Equal as decimals, without thousands commas, `$` and a trailing `.`; what is no number equals nothing.
+
+    A minus may be typographic, or a dash.
+    """
     values = []
     for text in (found, answer):
+        text = re.sub(r"[\u2010-\u2013\u2212\ufe63\uff0d]", "-", text)
         try:
             values.append(Decimal(re.sub(r"[,$\s]", "", text).removesuffix(".")))
         except InvalidOperation:

@@ -28,6 +28,7 @@ from pkt_stages.models.load import identity, load_model, load_tokenizer
 from pkt_stages.models.losses import example_losses
 from pkt_stages.params import option
 from pkt_stages.progress import track
+from pkt_stages.templates import dated
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     for label, change in changes.items():
         if not isinstance(change, DenseDelta):
             raise UserError(f"{row.path}: its change {label!r} is not of whole weights; give a transport's row")
-    tasks = encoded_tasks(load_tokenizer(target), folder, params)
+    tokenizer = load_tokenizer(target)
+    tasks = encoded_tasks(tokenizer, folder, params)
     wanted = sorted({name for change in changes.values() for name in change.weights})
     model = load_model(target, dtype=params.dtype, device=inputs.device)
     if odd := sorted(set(wanted) - {name for name, _ in model.named_parameters()}):
@@ -64,7 +66,12 @@ def derive(inputs: Inputs, params: Params) -> Derived:
         for label, change in changes.items()
     }
     kept = {label: share_of_norm(made[label].weights, changes[label].weights) for label in made}
-    meta = {"of": dict(row.meta), "examples": {task: len(rows) for task, rows in tasks.items()}, "kept": kept}
+    meta: dict[str, Any] = {
+        "of": dict(row.meta),
+        "examples": {task: len(rows) for task, rows in tasks.items()},
+        "kept": kept,
+    }
+    meta |= dated(tokenizer, params.template)
     return Derived(made, named, row.meta.get("source"), meta=meta)
 
 

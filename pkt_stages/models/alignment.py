@@ -208,7 +208,7 @@ def open_trained(folder: Path, step: int | None, *, every_step: bool) -> Trained
     """
     path = folder / CHOSEN
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
         hashes = {int(number): str(value) for number, value in meta["weights_hash"].items()}
         wanted = int(meta["chosen_step"]) if step is None else step
         settings, name = dict(meta["params"]), str(meta["params"]["code"])

@@ -218,7 +218,7 @@ def _listed(folder: Path) -> Changes:
     """The row whose list of changes lies in this folder."""
     path = folder / LIST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); make the row again") from None
     if not isinstance(found, dict) or (missing := [key for key in (*META, "changes") if key not in found]):

@@ -216,7 +216,7 @@ class Correlation:
         self.path = folder
         path = folder / LIST
         try:
-            self.meta: Mapping[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            self.meta: Mapping[str, Any] = dict(json.loads(path.read_text(encoding="utf-8-sig")))
             self.pairs: list[Pair] = [(int(s), int(t)) for s, t in self.meta["pairs"]]
             self.count = int(self.meta["num_tokens"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

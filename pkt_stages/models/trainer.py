@@ -6,7 +6,6 @@ is Trainer's: the mean over the supervised tokens of the whole batch, whatever t
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from pkt_stages.artifacts import write_json
+from pkt_stages.artifacts import content_hash, flush
 from pkt_stages.curves import Log
 from pkt_stages.errors import UserError
 from pkt_stages.models import adapters, lora
@@ -26,9 +25,11 @@ from pkt_stages.models.load import weights_hash
 from pkt_stages.models.recipe import TrainingParams
 from pkt_stages.parallel import Group
 from pkt_stages.progress import track
+from pkt_stages.scratch import read_value, set_aside, write_value
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-_WHOLE = "whole"  # a checkpoint with this file was written to its end
+RECORD, BEGUN = "record.json", "begun.json"  # of a finished training, of one that has begun
+_WHOLE = "whole"  # a checkpoint with this file was written to its end; it holds the others' hashes
 _CHECKPOINTS = 10  # per run
 
 
@@ -47,16 +48,18 @@ class Trained:
 
 def finished(folder: Path) -> Trained | None:
     """What lies in a scratch folder, if it is there as it was written."""
-    try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    record: dict[str, Any] | None = read_value(folder / RECORD)
+    if record is None:
         return None
     try:
         adapter = adapters.load_adapter(folder / "adapter")
-        whole = _hash(adapter) == record["adapter_hash"]
-    except (UserError, KeyError):
+        if _hash(adapter) == record["adapter_hash"]:
+            return Trained(adapter, record)
+    except UserError:
+        set_aside(folder / "adapter")
         return None
-    return Trained(adapter, record) if whole else None
+    set_aside(folder / "adapter")
+    return None
 
 
 def training_arguments(
@@ -125,16 +128,17 @@ def train(
     # What was subtracted from the base must be what an interrupted run subtracted, or its checkpoints do not fit.
     begun = {"initial_hash": _hash(first)}
     checkpoints = Path(arguments["output_dir"])
-    if group.is_first and not _same(folder / "begun.json", begun):
+    if group.is_first and read_value(folder / BEGUN) != begun:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        write_json(folder / "begun.json", begun)
+        write_value(folder / BEGUN, begun)
+    last = _last_whole(checkpoints) if group.is_first else None
     group.wait()
     run = make_trainer(started.model, arguments)
     run.remove_callback(PrinterCallback)
     watch = _Watch(seed, log, group)
     run.add_callback(watch)
     with closing(watch):
-        run.train(resume_from_checkpoint=_last_whole(checkpoints))
+        run.train(resume_from_checkpoint=group.gather(last)[0])
 
     trained = lora.adapter_of(run.model, started.alpha)
     result = trained if started.subtracted is None else trained.minus(started.subtracted)
@@ -149,7 +153,7 @@ def train(
     }
     if group.is_first:
         adapters.save_adapter(folder / "adapter", result, base_model=base_model)
-        write_json(folder / "record.json", record)
+        write_value(folder / RECORD, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(result, record)
 
@@ -164,17 +168,26 @@ def _hash(adapter: Adapter) -> str:
     return weights_hash({f"{name}.{letter}": f for name, pair in pairs for letter, f in zip("AB", pair, strict=True)})
 
 
-def _same(path: Path, value: Any) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == value)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end."""
+    """The last checkpoint that was written to its end and is still as it was; others are set aside."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{_WHOLE}")]
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
+    for checkpoint in sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        hashes = read_value(checkpoint / _WHOLE)
+        if hashes is None:
+            continue  # without its mark it counts no longer
+        if hashes == _hashes(checkpoint):
+            return str(checkpoint)
+        set_aside(checkpoint)
+    return None
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Of what a checkpoint holds, by name."""
+    return {path.name: content_hash(path) for path in _files(checkpoint)}
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != _WHOLE)
 
 
 def _steps(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -231,4 +244,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._group.wait()  # every process has written its part
         if self._group.is_first:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not checkpoint.is_dir():
+                raise UserError(f"{checkpoint}: was removed while this ran; run again")
+            for path in _files(checkpoint):
+                flush(path)
+            write_value(checkpoint / _WHOLE, _hashes(checkpoint))

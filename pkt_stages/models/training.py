@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +42,7 @@ class Job(Generic[Params]):
         source: the identity of the source that takes part; None if there is none.
         examples: encoded for the target.
         files: others that the result depends on.
+        date: what the template was told today is, if it asked (`templates.dated`).
     """
 
     command: str
@@ -51,6 +52,7 @@ class Job(Generic[Params]):
     source: Mapping[str, Any] | None
     examples: Sequence[Encoded]
     files: Sequence[Path] = ()
+    date: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def publish(
         "target": job.target,
         "source": job.source,
         "params": asdict(job.params),
+        **job.date,
     }
     adapters = {f"seed_{seed}": result.adapter for seed, result in trained.items()}
     write_changes(out, adapters, meta, {f"seed_{seed}": {"seed": seed} for seed in trained})

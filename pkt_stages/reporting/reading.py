@@ -23,7 +23,7 @@ class Folder:
         path = self.path.joinpath(*below[:-1], f"{below[-1]}.json")
         self.listed.add(path)
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            found = dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise UserError(f"{path}: no such metrics; the params list this row, run `dvc repro`") from None
         except (ValueError, TypeError) as error:

@@ -33,6 +33,7 @@ def run(metrics: Mapping[str, Any], task: str, params: EvaluateParams) -> str | 
         return f"is of task {metrics['task']!r}, not {task}"
     made, wanted = dict(metrics["settings"]), asdict(params)
     level = made.pop("sandbox", None)
+    made.pop("template_date", None)  # the same for all
     if level is not None and LEVELS.index(level) > LEVELS.index(params.sandbox_floor):
         floor = params.sandbox_floor
         return f"was made in a sandbox of level {level}, this profile's `evaluate` says sandbox_floor {floor}"
@@ -58,7 +59,7 @@ def adopt(
     """Take over a shared model's evaluation from another profile, if it was made with the same settings."""
     watch = Stopwatch()
     try:
-        metrics = json.loads(metrics_in.read_text(encoding="utf-8"))
+        metrics = json.loads(metrics_in.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{metrics_in}: no such metrics; run the profile that makes them") from None
     except (OSError, ValueError) as error:

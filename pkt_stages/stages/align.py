@@ -116,17 +116,19 @@ def align(
     from pkt_stages.models.alignment import Alignment, draw
     from pkt_stages.models.selection import INDICES, ROWS, check_target, open_selection
     from pkt_stages.scratch import CHOSEN, Steps, fingerprint
+    from pkt_stages.templates import dated
 
     watch = Stopwatch()
     load.check_device(device)
     chosen = open_selection(selection, rate=params.rate, variant=params.variant)
     ref = load.resolve(target)
     check_target(chosen, load.identity(ref), target)
-    data = read_data(load.load_tokenizer(ref), chosen, extract, align, params)
+    tokenizer = load.load_tokenizer(ref)
+    data = read_data(tokenizer, chosen, extract, align, params)
     draw(list(data.align), params)  # complain before a large model is loaded
     artifacts.check_replaceable(out, CHOSEN)
     meta = {side: chosen.meta[side] for side in ("source", "target")}
-    meta |= {"method": method, "params": asdict(params) | by.facts()}
+    meta |= {"method": method, "params": asdict(params) | by.facts(), **dated(tokenizer, params.template)}
     facts = [meta, asdict(data), device, micro_batch_size]
     kept = Steps(scratch, fingerprint(facts, [selection / INDICES, selection / ROWS]))
     model = load.load_model(ref, dtype=params.dtype, device=device)
@@ -134,7 +136,7 @@ def align(
     with curve_writer(curves) as log:
         made = run(alignment, params, meta, kept, log)
     hashes = {step["step"]: step["weights_hash"] for step in made["steps"]}
-    kept.publish(out, params.steps, {"chosen_step": made["chosen_step"], "weights_hash": hashes, **meta})
+    kept.publish(out, {"chosen_step": made["chosen_step"], "weights_hash": hashes, **meta})
     artifacts.write_json(metrics, made | {"selection": chosen.meta["params"]})
     kept.remove()
     before, after = made["validation_loss_without_delta"], made["steps"][made["chosen_step"] - 1]["validation_loss"]
@@ -163,9 +165,6 @@ def read_data(tokenizer: Any, selection: Selection, extract: Path, align: Path, 
         raise UserError(f"{params.steps} steps need as many extract examples, the selection has {len(known)}")
     selection.transferred(None)  # there must be some
     aligned = read_examples(align)
-    ids = [e.id for e in aligned]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{align}: id {next(i for i in ids if ids.count(i) > 1)} stands twice; ids must differ")
 
     def encoded(examples: Any, labels: Labels) -> dict[str, Encoded]:
         return {

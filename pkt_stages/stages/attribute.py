@@ -15,11 +15,12 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.encoding import Located, PromptParams, locate
 from pkt_stages.errors import UserError
-from pkt_stages.examples import read_examples
+from pkt_stages.examples import check_ids, read_examples
 from pkt_stages.options import SCRATCH, Device, DType, Model, Scratch, Stopwatch, option, with_params
 from pkt_stages.parallel import Group, joined
 from pkt_stages.progress import track
 from pkt_stages.scratch import Shards, Units, fingerprint
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,8 @@ def run(
 
     def kept(name: str) -> dict[str, Tensor]:
         found = units.get(name)
-        assert found is not None, name
+        if found is None:
+            raise UserError(f"scratch: {name} was removed or changed while this ran; run again")
         return found
 
     contexts = [item.context for item in located]
@@ -125,7 +127,9 @@ def attribute(
                 f"--extract {extract[1]}: a second file; give the examples that deltas are for as --transfer"
             )
         files = {"extract": extract[0]} | ({"transfer": transfer} if transfer is not None else {})
-        sets = [(name, example) for name, path in files.items() for example in read_examples(path)]
+        read = {name: read_examples(path) for name, path in files.items()}
+        check_ids({f"{name} {files[name]}": examples for name, examples in read.items()})
+        sets = [(name, example) for name, examples in read.items() for example in examples]
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
         facts = [named, [vars(item) for item in located], asdict(params), device.split(":")[0]]
@@ -145,6 +149,7 @@ def attribute(
         "examples": [{"set": name, "id": example.id} for name, example in sets],
         "predicted": [tokenizer.decode([item.predicted]) for item in located],
         "params": asdict(params),
+        **dated(tokenizer, params.template),
         "plain_share": plain_share,
         "units": {"scores": "nats", "gain": "nats"},
     }

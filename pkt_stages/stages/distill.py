@@ -29,6 +29,7 @@ from pkt_stages.options import (
     option,
     with_params,
 )
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from pkt_stages.models.load import ModelRef
@@ -119,8 +120,10 @@ def distill(
     refs = [load.resolve(model) for model in (source, target)]
     of_source, of_target = map(load.identity, refs)
     path = training_file(params.train_set, train, align)
-    examples = train_set.read_train(load.load_tokenizer(refs[1]), path, params)
-    job = training.Job("distill", method, params, of_target, of_source, examples)
+    tokenizer = load.load_tokenizer(refs[1])
+    examples = train_set.read_train(tokenizer, path, params)
+    date = dated(tokenizer, params.template)
+    job = training.Job("distill", method, params, of_target, of_source, examples, date=date)
     trained = run(job, training.Place(scratch, device, micro_batch_size, curves), *refs)
     told = training.publish(job, trained, out, metrics, on_answers=params.objective == "kd")
     watch.summary("distill", told, out)

@@ -31,6 +31,7 @@ from pkt_stages.options import (
     with_params,
 )
 from pkt_stages.parallel import joined
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +115,10 @@ def finetune(
         values = read_submatrices(found, identity, target, params.block)
         source = found.meta.get("source", {}).get("model")
     path = training_file(params.train_set, train, align)
-    examples = train_set.read_train(load.load_tokenizer(ref), path, params, params.labels)
-    job = training.Job("finetune", method, params, identity, source, examples, [submatrices] if submatrices else [])
+    tokenizer = load.load_tokenizer(ref)
+    examples = train_set.read_train(tokenizer, path, params, params.labels)
+    files, date = [submatrices] if submatrices else [], dated(tokenizer, params.template)
+    job = training.Job("finetune", method, params, identity, source, examples, files, date)
     with joined() as group:
         trained = run(job, training.Place(scratch, device, micro_batch_size, curves, group), ref, values)
         if not group.is_first:

@@ -29,6 +29,7 @@ from pkt_stages.options import (
     option,
     with_params,
 )
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.answers import Answer
@@ -82,7 +83,8 @@ def generate(
     identity = load.identity(ref)
     load.load_config(ref)
     engine: dict[str, Any] = {"backend": params.backend, "dtype": params.dtype, "seed": params.seed}
-    with opened(ref, load.load_tokenizer(ref), batch_size=batch_size, device=device, **engine) as backend:
+    tokenizer = load.load_tokenizer(ref)
+    with opened(ref, tokenizer, batch_size=batch_size, device=device, **engine) as backend:
         answers, kept = answered(
             backend,
             asked,
@@ -96,7 +98,8 @@ def generate(
     if not written:
         raise UserError(f"{source}: all {len(asked)} answers are empty; look at the template {params.template!r}")
     write_jsonl(out, (example.to_row() for example in written))
-    artifacts.write_json(metrics, {"source": identity, "params": asdict(params), **counts})
+    made = {"source": identity, "params": asdict(params), **dated(tokenizer, params.template)}
+    artifacts.write_json(metrics, made | counts)
     kept.remove()
     if empty := counts["empty_ids"]:
         typer.echo(f"warning: {len(empty)} of {len(asked)} answers are empty and left out, e.g. {empty[0]}", err=True)

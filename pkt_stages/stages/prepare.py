@@ -19,7 +19,7 @@ import typer
 
 from pkt_stages import hub, tasks
 from pkt_stages.errors import UserError
-from pkt_stages.examples import Example, read_examples, read_jsonl, write_jsonl
+from pkt_stages.examples import Example, check_ids, read_examples, read_jsonl, write_jsonl
 from pkt_stages.options import Stopwatch, option, with_params
 from pkt_stages.progress import track
 from pkt_stages.tasks import Task
@@ -49,14 +49,16 @@ def run(given: Mapping[str, list[Example]], params: PrepareParams) -> dict[str, 
         given: the pools `train` and `test`; or, with `extract` among them, a team's own sets and the pool `test`.
 
     Raises:
-        UserError: a pool or a set is too small, or two sets overlap.
+        UserError: a pool or a set is too small, or two sets overlap, in an example or an id.
     """
     test = given["test"]
     if "extract" in given:
         sets = split({name: given[name] for name in SETS if name in given}, test, params)
     else:
         sets = draw(given["train"], test, params)
-    return sets | {"test": draw_test(test, params)}
+    sets["test"] = draw_test(test, params)
+    check_ids(sets)
+    return sets
 
 
 def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:

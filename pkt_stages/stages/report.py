@@ -94,7 +94,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
             paper_tables=paper.tables({(r.source, r.target): r.named for r in results}),
             models={name: next(iter(by_task.values()))["model"] for name, by_task in models.items()},
             in_force=in_force(used(profile, results, titles, compared, neurons)),
-            params=profile.path.read_text(encoding="utf-8"),
+            params=profile.path.read_text(encoding="utf-8-sig"),
         ),
         drawings=drawings,
     )

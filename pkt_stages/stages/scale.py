@@ -21,6 +21,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import Example, read_examples
 from pkt_stages.options import BatchSize, Device, DType, Model, Stopwatch, option, with_params
 from pkt_stages.progress import track
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from pkt_stages.models.changes import Stored
@@ -109,7 +110,7 @@ def scale(
 ) -> None:
     """Choose the factor of each change on held-out align examples, by the likelihood of their answers."""
     from pkt_stages.models.changes import read_changes
-    from pkt_stages.models.load import check_device, identity, load_config, resolve
+    from pkt_stages.models.load import check_device, identity, load_config, load_tokenizer, resolve
 
     watch = Stopwatch()
     files = {path.parent.name: path for path in sorted(examples.glob("*/align.jsonl"))}
@@ -132,6 +133,7 @@ def scale(
         for label, likelihoods in found.items()
     }
     counts = {task: len(rows) for task, rows in asked.items()}
-    artifacts.write_json(out, {"chosen": chosen, "model": identity(ref), "params": asdict(params), "examples": counts})
+    made = {"model": identity(ref), "params": asdict(params), **dated(load_tokenizer(ref), params.template)}
+    artifacts.write_json(out, {"chosen": chosen, "examples": counts, **made})
     shown = ", ".join(f"{label} {one['scale']:g}" for label, one in chosen.items())
     watch.summary("scale", f"{shown}, on {sum(counts.values())} examples of {len(counts)} tasks", out)

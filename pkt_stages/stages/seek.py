@@ -17,6 +17,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.options import SCRATCH, Device, DType, Scratch, Source, Stopwatch, Target, option, with_params
 from pkt_stages.parallel import joined
 from pkt_stages.scratch import Shards, fingerprint
+from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,6 +119,7 @@ def seek(
     for weight in weights:
         tensors[f"{weight}.corner"] = torch.tensor([part.corner for part in found if part.weight == weight])
     facts: dict[str, Any] = {"examples": [id for id, _ in encoded], "params": asdict(params), **models}
+    facts |= dated(tokenizer, params.template)
     artifacts.save(out, artifacts.SUBMATRICES, tensors, facts)
     measured = {
         "layers": layers.tolist(),

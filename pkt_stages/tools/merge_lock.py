@@ -47,7 +47,7 @@ def entries(file: Path, path: str) -> dict[Key, str]:
     """
     expected = f"{path} ({file}): expected a lock file as DVC writes it"
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         content = parse_yaml(text, LOADER)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None

@@ -113,7 +113,7 @@ def address(root: Path, lock: Path, name: str) -> str:
 def text_of(lock: Path) -> str:
     """A dvc.lock's text; nothing if it is unreadable, which `dvc status` complains about."""
     try:
-        return lock.read_text(encoding="utf-8")
+        return lock.read_text(encoding="utf-8-sig")
     except (OSError, ValueError):
         return ""
 

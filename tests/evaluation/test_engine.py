@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -127,6 +127,8 @@ class SpacedTokenizer:
     bos_token = None
     eos_token_id = -1
     eos_token = "</s>"
+    is_fast = True
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, letters: dict[str, list[int]]) -> None:
         self._letters = letters
@@ -389,7 +391,7 @@ def test_score_and_standard_error() -> None:
     [
         (questions(1), "mmul", "unknown task 'mmul'; expected one of gsm8k, humaneval, mbpp, mmlu"),
         (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),
-        (questions(1) * 2, "gsm8k", "example q0: this id occurs twice in the test set"),
+        (questions(1) * 2, "gsm8k", "the test set: id 'q0' is there twice; give each example one of its own"),
         (
             [Example("gsm8k", "long", "x" * 490, "Answer: 1", "Answer:", {"answer": "1"})],
             "gsm8k",

@@ -24,7 +24,14 @@ def test_the_best_choice_is_the_first_of_the_likeliest() -> None:
 
 @pytest.mark.parametrize(
     ("found", "answer", "same"),
-    [("$1,234.", "1234", True), ("18.0", "18", True), ("NaN", "NaN", False), ("", "0", False), ("1 0", "10", True)],
+    [
+        ("$1,234.", "1234", True),
+        ("18.0", "18", True),
+        ("NaN", "NaN", False),
+        ("", "0", False),
+        ("1 0", "10", True),
+        ("\u22123", "-3", True),
+    ],
 )
 def test_numbers_are_compared_as_decimals(found: str, answer: str, same: bool) -> None:
     assert same_number(found, answer) is same

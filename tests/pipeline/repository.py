@@ -27,9 +27,13 @@ def run(folder: Path, *command: str) -> str:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Commands of dvc.yaml find `pkt` beside this interpreter, and the package in the repository itself."""
+    """Commands of dvc.yaml find `pkt` beside this interpreter, and the package in the repository itself.
+
+    What DVC keeps of a repository elsewhere it keeps in it.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder)}
+    cache = str(folder / ".dvc/tmp/site")
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": cache}
 
 
 def dvc(folder: Path, *arguments: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import yaml
 from pkt_stages.artifacts import content_hash
 from tests.pipeline.repository import environment
 
+COMMAND = [sys.executable, "-m", "pkt_stages.warm", sys.executable, "-m", "dvc", "repro"]
+BATCHES = {"PKT_EVALUATE_BATCH_SIZE": "2"}
 Act = Literal["kill all", "kill stage", "interrupt", "fill disk"]
 
 
@@ -43,18 +46,39 @@ class Write:
 def repro(folder: Path, faults: Path, *targets: str) -> subprocess.CompletedProcess[str]:
     """`dvc repro` in a process group of its own, with warm stages; two requests are a batch of the evaluation."""
     paths = os.pathsep.join([str(Path(__file__).parent / "hook"), str(folder)])
-    settings = {"PYTHONPATH": paths, "PKT_FAULTS": str(faults), "PKT_EVALUATE_BATCH_SIZE": "2"}
-    command = [sys.executable, "-m", "pkt_stages.warm", sys.executable, "-m", "dvc", "repro", *targets]
+    settings = {"PYTHONPATH": paths, "PKT_FAULTS": str(faults)}
     return subprocess.run(
-        command,
+        [*COMMAND, *targets],
         cwd=folder,
-        env=environment(folder) | settings,
+        env=environment(folder) | BATCHES | settings,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         start_new_session=True,
         timeout=1200,
     )
+
+
+def killed_after(folder: Path, seconds: float) -> str | None:
+    """The same without faults; what it said, or None if it was not done then and was killed with all it had started."""
+    process = subprocess.Popen(
+        COMMAND,
+        cwd=folder,
+        env=environment(folder) | BATCHES,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None
+    assert process.returncode == 0, said
+    return said
 
 
 def undisturbed(folder: Path, faults: Path, *targets: str) -> list[Write]:

@@ -1,7 +1,7 @@
-"""`make soak`: every kind of stage is broken while it computes and while it writes; the results are those of a run
-that nothing disturbed, byte for byte, and nothing half-written is left.
+"""`make soak`: every kind of stage is broken while it computes and while it writes, and a run is killed 40 times at
+any time; the results are those of a run that nothing disturbed, byte for byte, and nothing half-written is left.
 
-It takes some 20 minutes; `make test` has a short form (tests/pipeline/test_interruptions.py).
+It takes some 30 minutes; `make test` has a short form (tests/pipeline/test_interruptions.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,20 @@ from typing import Any
 
 from pkt_stages.examples import write_jsonl
 from tests.conftest import make_model
-from tests.pipeline.repository import LATEN, make_repository, run, shrink
+from tests.pipeline.repository import LATEN, make_repository, ran, run, shrink
 from tests.profiles import rows
-from tests.soak.interruptions import Act, Fault, Write, contents, disturbed, leftovers, one_line, undisturbed
+from tests.soak.interruptions import (
+    Act,
+    Fault,
+    Write,
+    contents,
+    disturbed,
+    killed_after,
+    leftovers,
+    one_line,
+    undisturbed,
+    until_gone,
+)
 
 SOURCE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4}
 SOURCE |= {"num_attention_heads": 6, "num_key_value_heads": 3}
@@ -100,3 +111,42 @@ def test_results_do_not_depend_on_what_broke_a_run(tmp_path: Path) -> None:
     kills = sum(fault.act.startswith("kill") for fault in plan)
     print(f"\n{len(plan)} faults ({kills} kills) in {len(kinds)} kinds of stages")
     assert kills >= 20
+
+
+KILLS, LONGEST = 40, 12.0  # seconds: so that a run gets somewhere, and not to its end
+
+
+def some_stages(params: dict[str, Any]) -> None:
+    """One of each kind that keeps something in scratch, and those around it."""
+    shrink(params)
+    rows(
+        params,
+        align=LATEN,
+        unaligned={"unaligned_seeking": {"code": "seeking", "rank": 4}},
+        finetune={"postpkt_random": {"init": "random"}},
+        control={"control_random_delta": {"code": "random_delta"}},
+    )
+    params |= {"seek_source": ["source"]}
+    params["finetune"] |= {"epochs": 4}
+
+
+def test_a_run_that_is_killed_at_any_time(tmp_path: Path) -> None:
+    calm = make_repository(tmp_path / "calm", some_stages)
+    run(calm, "git", "add", "-A")
+    run(calm, "git", "commit", "-q", "-m", "nothing has run")
+    fresh = Path(shutil.copytree(calm, tmp_path / "fresh"))
+    said = killed_after(calm, 1200)
+    assert said is not None
+    stages = ran(said)
+    assert len(stages) >= 15
+    chance = random.Random(0)
+    kills, runs = 0, 0
+    while kills < KILLS:
+        rough = Path(shutil.copytree(fresh, tmp_path / f"rough_{runs}"))
+        while killed_after(rough, 1200 if kills == KILLS else chance.uniform(1, LONGEST)) is None:
+            kills += 1
+            until_gone(rough)
+        runs += 1
+        assert contents(rough) == contents(calm)
+        assert leftovers(rough) == []
+    print(f"\n{kills} kills in {runs} runs of {len(stages)} stages")

@@ -154,3 +154,15 @@ def test_an_answer_with_no_useful_token_is_named(pkt: Run, target_folder: Path, 
     examples = write_examples(tmp_path / "extract.jsonl", ["It is 1.", "..."])
     status, _, err = pkt("attribute", "--model", target_folder, "--extract", examples, "--out", tmp_path / "a")
     assert (status, err) == (2, "pkt: error: example toy_1: its answer '...' holds no useful token\n")
+
+
+@pytest.mark.parametrize("start", [2, 0])
+def test_an_id_in_both_files(pkt: Run, target_folder: Path, extract_file: Path, tmp_path: Path, start: int) -> None:
+    """Of another example, or of the same file given twice."""
+    other = write_examples(tmp_path / "transfer.jsonl", ["It is 3."], start=start) if start else extract_file
+    out = tmp_path / "o.safetensors"
+    options = ("--extract", extract_file, "--transfer", other, "--out", out)
+    status, _, err = pkt("attribute", "--model", target_folder, *options)
+    where = f"transfer {other}: id 'toy_{start}' is in extract {extract_file}, too"
+    assert (status, err) == (2, f"pkt: error: {where}; give each example one of its own\n")
+    assert not out.exists()

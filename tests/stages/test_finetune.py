@@ -203,6 +203,51 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert contents(again) == contents(paths)
 
 
+@pytest.mark.parametrize(
+    ("damaged", "left"),
+    [
+        ("trainer/checkpoint-10/adapter_model.safetensors", 8),
+        ("trainer/checkpoint-10/optimizer.pt", 8),
+        ("trainer/checkpoint-10/trainer_state.json", 8),
+        ("trainer/checkpoint-10/whole", 8),
+        ("begun.json", 0),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside(
+    pkt: Run,
+    target_folder: Path,
+    paths: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: str,
+    left: int,
+) -> None:
+    """The run goes on from the one before, to the same bytes."""
+    assert finetune(pkt, target_folder, paths)[0] == 0
+    again = other(paths, tmp_path / "again")
+    step_end, steps = trainer._Watch.on_step_end, []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 11 and not steps:
+            raise InterruptedError
+        if tmp_path.joinpath("damaged").exists():
+            steps.append(state.global_step)
+        step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer._Watch, "on_step_end", on_step_end)
+    with pytest.raises(InterruptedError):
+        finetune(pkt, target_folder, again)
+    path = next(again["scratch"].glob(f"*/{damaged}"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    tmp_path.joinpath("damaged").touch()
+    status, _, err = finetune(pkt, target_folder, again)
+    assert (status, err.count("damaged, or of another run; set aside and made again")) == (0, 1), err
+    assert steps[0] == left + 1
+    assert contents(again) == contents(paths)
+
+
 def test_a_run_killed_after_its_last_step(
     pkt: Run, target_folder: Path, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +289,13 @@ def test_an_added_seed_trains_alone(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     assert finetune(pkt, target_folder, paths, "--seeds", "0,1")[0] == 0
     assert len(trained) == 3 and contents(paths) == both
+    # So is a record in which one digit has changed.
+    damaged = next(p for p in paths["scratch"].glob("*/record.json"))
+    digit = damaged.read_bytes().index(b"loss_by_epoch") + 20
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:digit] + b"7" + content[digit + 1 :])
+    assert finetune(pkt, target_folder, paths, "--seeds", "0,1")[0] == 0
+    assert len(trained) == 4 and contents(paths) == both
     del trained[2:]
     # Anything else that changes makes both train again.
     assert finetune(pkt, target_folder, paths, "--seeds", "0,1", "--lr", "1e-3")[0] == 0

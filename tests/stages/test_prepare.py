@@ -8,7 +8,7 @@ import pytest
 
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example, read_examples, write_jsonl
-from pkt_stages.stages.prepare import PrepareParams, draw, split
+from pkt_stages.stages.prepare import PrepareParams, draw, run, split
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = PrepareParams(extract=3, align=4, train=10, transfer=2)
@@ -127,6 +127,15 @@ def test_own_sets_that_are_too_small_or_overlap() -> None:
     assert str(caught.value) == "align: example align_2 is in test, too; the sets must not overlap"
     with pytest.raises(UserError, match=r"^`prepare.max_chars` is for a benchmark's rows; own files are taken"):
         split(own, [], replace(SMALL, max_chars=100))
+
+
+def test_own_sets_that_share_an_id() -> None:
+    """Two examples that are called alike, in files that become one profile's sets."""
+    own = own_sets()
+    same = replace(own["align"][0], id="extract_0")
+    with pytest.raises(UserError) as caught:
+        run({**own, "align": [same, *own["align"][1:]], "test": pool(1, "test")}, SMALL)
+    assert str(caught.value) == "align: id 'extract_0' is in extract, too; give each example one of its own"
 
 
 def test_the_command_on_own_sets(pkt: Run, tmp_path: Path) -> None:

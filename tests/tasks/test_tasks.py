@@ -53,7 +53,7 @@ def test_what_is_generated_ends_as_the_protocol_says(name: str) -> None:
     asked = yaml.safe_load(task.file.read_text())
     assert (asked["output_type"] == "generate_until") == (task.answer_tokens > 0)
     assert asked.get("generation_kwargs", {}).get("until") == {
-        "gsm8k": [],
+        "gsm8k": ["Question:"],
         "humaneval": ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"],
         "mbpp": ["```"],
         "mmlu": None,
