@@ -126,6 +126,7 @@ class SpacedTokenizer:
 
     bos_token = None
     eos_token_id = -1
+    unk_token_id = None
     eos_token = "</s>"
     is_fast = True
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
