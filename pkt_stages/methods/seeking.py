@@ -27,10 +27,10 @@ from pkt_stages.params import option
 class Params:
     """Settings of the method."""
 
+    rank: int | None = option(16, "Keep so many singular values (an adapter); None: the whole matrices.", ge=1)
     block: Block = option(
         "sensitive", "Part of the source's weights: sensitive; for controls random or uniform (seek.more_blocks)."
     )
-    rank: int | None = option(16, "Keep so many singular values (an adapter); None: the whole matrices.", ge=1)
 
 
 def derive(inputs: Inputs, params: Params) -> Derived:
