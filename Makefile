@@ -11,7 +11,7 @@ TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --override overrides.txt \
 	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: run test lint soak tiny
+.PHONY: run test cases lint soak tiny
 
 # What `dvc repro` runs, two stages at a time. One thread each, because sums in float32 depend on the number of threads.
 WORKERS ?= 2
@@ -25,6 +25,13 @@ run: .venv/run
 test: .venv/test
 	@$(MAKE) --no-print-directory lint
 	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+
+# Of the tests those of strangers' checkpoints, adapters, templates, examples and programs, and of sharp numbers
+cases: .venv/test
+	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests/core/test_attribution.py tests/models/test_adapters.py \
+		tests/models/test_rows.py tests/models/test_load.py tests/test_templates.py tests/test_encoding.py \
+		tests/test_examples.py tests/tasks/test_gsm8k.py tests/test_scratch.py tests/test_untrusted.py \
+		tests/test_profile.py tests/evaluation/test_sandbox.py
 
 lint: .venv/test
 	@ruff check . && ruff format --check . && mypy && lint-imports
