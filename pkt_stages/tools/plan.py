@@ -219,11 +219,14 @@ class Estimator:
         file, given = self._read(options, "derive")
         module = methods.load(str(given.pop("code", "")), ("derive",))
         params = build(module.Params, given, f"{file}: {options['--method']}")
+        inside = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model
         if "--correlation" in options:
-            # A decomposition of the largest map in float64, on the CPU, for each layer; embedding and head stay.
-            changes = len(params.seeds) if params.maps == "random" else 1
-            whole = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model * (not params.vocabulary)
+            # At most a decomposition of the largest map in float64, on the CPU, and all weights of each layer.
+            changes = len(params.seeds) if getattr(params, "maps", "fitted") == "random" else 1
+            whole = num_parameters(sizes) if getattr(params, "vocabulary", False) else inside
             return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=4 * whole * changes)
+        if "--examples" in options:
+            return Need(memory=8 * inside, disk=4 * inside)
         if "--source" in options and "--submatrices" not in options and hasattr(params, "vocabulary"):
             return Need(disk=4 * num_parameters(sizes))
         rank = getattr(params, "rank", None)
