@@ -6,7 +6,7 @@ cores that accumulate in float32 and keep 22 bits of every factor. A W_U of 32 b
 of both low parts dropped. What W_U's mean row adds is subtracted where G is read: once, by a kernel that forms its
 powers, their sums and its extremes from tiles. `attribution.powers` is the oracle.
 
-The library's product and a kernel that reads G take 4.5 ms for 4096 neurons of a 13B model on an H200; both in one
+The library's product and a kernel that reads G take 5.3 ms for 4096 neurons of a 13B model on an H200; both in one
 kernel, which never writes G to memory, took 6.5 (docs/benchmarks.md).
 """
 
