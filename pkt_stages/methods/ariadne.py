@@ -74,8 +74,9 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     target, source, base, folder, texts = inputs.only("target", "source", "base", "correlation", "texts")
     found, named = Correlation(folder), [identity(ref) for ref in (base, source, target)]
     found.check(named[0], named[2])
-    ids = same_tokens([base, source, target], texts, params.num_texts, params.max_tokens)
-    batches = [ids[start : start + params.batch_size] for start in range(0, len(ids), params.batch_size)]
+    how = params.num_texts, params.max_tokens, params.batch_size
+    batches = same_tokens([base, source, target], texts, *how)
+    num_tokens = sum(len(ids) for batch in batches for ids in batch)
     models = [load_model(ref, dtype=params.dtype, device=inputs.device) for ref in (base, source, target)]
     generators = [torch.Generator().manual_seed(seed) for seed in (params.seeds if params.maps == "random" else [0])]
     changes: list[dict[str, Tensor]] = [{} for _ in generators]
@@ -84,7 +85,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     for start in range(0, len(found.pairs), params.pairs_at_once):
         some = found.pairs[start : start + params.pairs_at_once]
         for pair, sums in summed(models, batches, some, found.pairs).items():
-            fitted = polar(centred(sums.cross, sums.source, sums.target, sum(map(len, ids))), params.tolerance)
+            fitted = polar(centred(sums.cross, sums.source, sums.target, num_tokens), params.tolerance)
             if params.maps == "fitted":
                 ranks[f"layer_{pair[1]}.stream"] = [fitted.rank, fitted.full_rank]
             for n, generator in enumerate(generators):

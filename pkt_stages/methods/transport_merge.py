@@ -79,8 +79,8 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     models = [Folded(target), Folded(source)]
     plans: dict[str, Plans] = {}
     if params.plans == "fitted":
-        ids = same_tokens([target, source], texts, params.num_texts, params.max_tokens)
-        batches = [ids[start : start + params.batch_size] for start in range(0, len(ids), params.batch_size)]
+        how = params.num_texts, params.max_tokens, params.batch_size
+        batches = same_tokens([target, source], texts, *how)
         means = [
             text_means(load_model(ref, dtype=params.dtype, device=inputs.device), batches) for ref in (target, source)
         ]

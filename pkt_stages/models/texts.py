@@ -50,8 +50,10 @@ def check_equal_lengths(encoded: Sequence[Sequence[list[int]]], path: Path, refs
             )
 
 
-def same_tokens(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: int | None) -> list[list[int]]:
-    """Token ids of the first texts of a file, which are the same for all models.
+def same_tokens(
+    refs: Sequence[ModelRef], path: Path, count: int, max_tokens: int | None, batch_size: int
+) -> list[list[list[int]]]:
+    """Token ids of the first texts of a file, which are the same for all models; some texts at a time.
 
     Raises:
         UserError: as `read_texts` and `encode_texts`; tokenizers that divide a text differently.
@@ -60,4 +62,4 @@ def same_tokens(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: in
     ids = [encode_texts(ref, raw, path, max_tokens) for ref in refs]
     if any(other != ids[0] for other in ids[1:]):
         raise UserError(f"{path}: the models' tokenizers divide them differently; transport needs equal tokens")
-    return ids[0]
+    return [ids[0][start : start + batch_size] for start in range(0, len(ids[0]), batch_size)]

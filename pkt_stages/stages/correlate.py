@@ -153,18 +153,17 @@ def correlate(
     refs = [resolve(source), resolve(target)]
     chosen = selected_pairs(attribution) if attribution is not None else None
     _check_layers(chosen, refs)
-    ids = same_tokens(refs, texts, params.num_texts, params.max_tokens)
+    batches = same_tokens(refs, texts, params.num_texts, params.max_tokens, params.batch_size)
     models = [load_model(ref, dtype=params.dtype, device=device) for ref in refs]
-    batches = [ids[start : start + params.batch_size] for start in range(0, len(ids), params.batch_size)]
     pairs, similarity = layer_pairs(models, batches, params.layer_pairs, chosen)
-    num_tokens = sum(map(len, ids))
+    num_tokens = sum(len(ids) for batch in batches for ids in batch)
     meta: dict[str, Any] = {
         "source": identity(refs[0]),
         "target": identity(refs[1]),
         "params": asdict(params),
         "pairs": pairs,
         "similarity": similarity.tolist(),
-        "num_texts": len(ids),
+        "num_texts": sum(map(len, batches)),
         "num_tokens": num_tokens,
     }
     with artifacts.replaced_folder(out, LIST) as folder:

@@ -453,7 +453,7 @@ def test_ariadne_by_brute_force(pkt: Run, parent: Path, tmp_path: Path) -> None:
         for n, layer in enumerate(model.model.layers):
             layer.register_forward_hook(lambda _m, _i, o, name=f"out{n}": kept[name].append(o[0]))
             layer.mlp.down_proj.register_forward_pre_hook(lambda _m, i, name=f"ffn{n}": kept[name].append(i[0][0]))
-        for ids in same_tokens(refs, parent / "texts.jsonl", 24, 512):
+        for (ids,) in same_tokens(refs, parent / "texts.jsonl", 24, 512, 1):
             model(input_ids=torch.tensor([ids]))
         seen.append([torch.cat(kept[name]).double() for name in names])
         for found in kept.values():
