@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,18 @@ def load_tokenizer(ref: ModelRef) -> Any:
                 f" {num_rows} rows; give it the tokenizer that it was trained with"
             )
     return tokenizer
+
+
+def check_same_vocabulary(refs: Sequence[ModelRef]) -> None:
+    """Raise UserError, which names a token, unless all models have the same tokens with the same numbers."""
+    first, *others = (load_tokenizer(ref).get_vocab() for ref in refs)
+    for ref, other in zip(refs[1:], others, strict=True):
+        if other != first:
+            token, _ = min(first.items() ^ other.items(), key=lambda pair: (pair[1], pair[0]))
+            raise UserError(
+                f"token {shown(token)} is number {first.get(token, 'none')} of {len(first)} for {refs[0].location},"
+                f" {other.get(token, 'none')} of {len(other)} for {ref.location}"
+            )
 
 
 def _is_used(tokenizer: Any, token: str) -> bool:
