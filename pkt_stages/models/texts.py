@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pkt_stages.encoding import tokenize, tokens_at
 from pkt_stages.errors import UserError, shown
@@ -60,7 +61,7 @@ def paired_texts(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: i
     for number, text in enumerate(raw):
         read = [tokens_at(tokenizer, text) for tokenizer in tokenizers]
         where = f"{path}: text {number + 1}"
-        check_same_reading([t.decode(r[0], **_PLAIN) for t, r in zip(tokenizers, read, strict=True)], refs, where)
+        check_same_reading([read_by(t, own) for t, (own, _) in zip(tokenizers, read, strict=True)], refs, where)
         ends = [[end for _, end in spans] for _, spans in read]
         for ref, own in zip(refs, ends, strict=True):
             if own != sorted(own):
@@ -70,7 +71,10 @@ def paired_texts(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: i
     return [Batch(*both) for both in zip(ids, places, strict=True)]
 
 
-_PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+def read_by(tokenizer: Any, ids: list[int]) -> str:
+    """What tokens say."""
+    said: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return said
 
 
 def partners(ends: Sequence[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
