@@ -202,7 +202,9 @@ def locate(tokenizer: Any, example: Example, *, template: Template, max_length: 
         raise UserError(f"example {example.id}: its answer {example.answer[:40]!r} holds no useful token")
     place = len(ids) - 1
     if cut == "word":
-        begins = len(prompt) + _LAST_WORD.search(answer).start()  # type: ignore[union-attr] (it does not end in a blank)
+        word = _LAST_WORD.search(answer.rstrip())
+        assert word is not None  # it is not empty
+        begins = len(prompt) + word.start()
         place = next(i for i, (_, end) in enumerate(spans) if end > begins)
     if place > max_length:
         raise UserError(f"example {example.id}: {place} tokens of context, the model takes {max_length}")

@@ -195,7 +195,9 @@ def uld_trainer(
         }
 
     class AcrossTokenizers(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_given: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             with torch.no_grad():
                 theirs = source(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -203,8 +203,9 @@ def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw
         changes["delta"], ranks = transported(models, found.pairs, maps_of, moved)
         if whole is not None:
             ranks["residual"] = [whole.rank, whole.full_rank]
-    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
-    meta |= {"vocabulary": False} if left_out else {}
+    meta: dict[str, Any] = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
+    if left_out:
+        meta["vocabulary"] = False
     return Derived(changes, of_target, of_source, meta=meta)
 
 

@@ -60,12 +60,11 @@ class DistillParams(TrainingParams):
     )
 
 
-def run(
-    job: Job[DistillParams], place: Place, source: ModelRef, target: ModelRef, raw: Sequence[Example]
-) -> dict[int, Trained]:
+def run(job: Job[DistillParams], place: Place, refs: Sequence[ModelRef], raw: Sequence[Example]) -> dict[int, Trained]:
     """A training of the target per seed, towards the source's logits on the job's examples.
 
     Args:
+        refs: source and target.
         raw: the job's examples, not encoded.
 
     Raises:
@@ -75,6 +74,7 @@ def run(
     from pkt_stages.encoding import encode, tokens_at
     from pkt_stages.models import distillation, load, lora, texts, training
 
+    source, target = refs
     params, config, tokenizer = job.params, load.load_config(target), load.load_tokenizer(target)
     of_source = load.load_tokenizer(source)
     across = params.objective == "uld"
@@ -152,6 +152,6 @@ def distill(
     date = dated(tokenizer, params.template)
     job = training.Job("distill", method, params, of_target, of_source, examples, date=date)
     raw = read_examples(path, params.num_examples)
-    trained = run(job, training.Place(scratch, device, micro_batch_size, curves), *refs, raw)
+    trained = run(job, training.Place(scratch, device, micro_batch_size, curves), refs, raw)
     told = training.publish(job, trained, out, metrics, on_answers=params.objective == "kd")
     watch.summary("distill", told, out)
