@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,16 +168,20 @@ def load_tokenizer(ref: ModelRef) -> Any:
     return tokenizer
 
 
-def check_same_vocabulary(refs: Sequence[ModelRef]) -> None:
-    """Raise UserError, which names a token, unless all models have the same tokens with the same numbers."""
-    first, *others = (load_tokenizer(ref).get_vocab() for ref in refs)
-    for ref, other in zip(refs[1:], others, strict=True):
-        if other != first:
-            token, _ = min(first.items() ^ other.items(), key=lambda pair: (pair[1], pair[0]))
-            raise UserError(
-                f"token {shown(token)} is number {first.get(token, 'none')} of {len(first)} for {refs[0].location},"
-                f" {other.get(token, 'none')} of {len(other)} for {ref.location}"
-            )
+def vocabulary_difference(first: ModelRef, second: ModelRef) -> str | None:
+    """The first token that two models do not have with the same number; None if they have the same tokens.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    one, other = (load_tokenizer(ref).get_vocab() for ref in (first, second))
+    if one == other:
+        return None
+    token, _ = min(one.items() ^ other.items(), key=lambda pair: (pair[1], pair[0]))
+    return (
+        f"token {shown(token)} is number {one.get(token, 'none')} of {len(one)} for {first.location},"
+        f" {other.get(token, 'none')} of {len(other)} for {second.location}"
+    )
 
 
 def _is_used(tokenizer: Any, token: str) -> bool:

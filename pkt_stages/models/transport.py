@@ -22,7 +22,7 @@ from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS, READS, Folded
-from pkt_stages.models.load import ModelRef, check_same_vocabulary, identity
+from pkt_stages.models.load import ModelRef, identity, vocabulary_difference
 from pkt_stages.models.sites import Geometry, module_name
 from pkt_stages.params import option
 from pkt_stages.progress import track
@@ -148,12 +148,9 @@ def carries_vocabulary(models: Models) -> bool:
         UserError: the target's embedding and head are one weight.
     """
     have, want = models.base.sizes.vocab_size, models.target.sizes.vocab_size
-    try:
-        if have != want:
-            raise UserError(f"the source's embedding has {have} rows, the target's {want}")
-        check_same_vocabulary([models.base.ref, models.target.ref])
-    except UserError as error:
-        said = f"vocabulary: embedding and head stay as they are, which takes a common vocabulary: {error}"
+    odd = f"the source's embedding has {have} rows, the target's {want}" if have != want else None
+    if odd := odd or vocabulary_difference(models.base.ref, models.target.ref):
+        said = f"vocabulary: embedding and head stay as they are, for moving them takes a common vocabulary: {odd}"
         print(f"pkt: warning: {said}", file=sys.stderr)
         return False
     if models.target.tied:
