@@ -19,9 +19,18 @@ from pkt_stages.core.reduction import embedding_transform, importance, pca, whit
 from pkt_stages.errors import UserError
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.load import identity, load_config
+from pkt_stages.models.load import identity, load_config, vocabulary_difference
 from pkt_stages.models.rows import Checkpoint
-from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry, as_rows, geometry, module_name, weight_name
+from pkt_stages.models.sites import (
+    SITES,
+    SUBLAYER_OF_SITE,
+    Geometry,
+    as_rows,
+    check_whole_matrices,
+    geometry,
+    module_name,
+    weight_name,
+)
 from pkt_stages.params import option
 from pkt_stages.progress import track
 
@@ -50,7 +59,10 @@ def derive(inputs: Inputs, params: Params) -> Derived:
             that differ (width embedding).
     """
     target, source = inputs.only("target", "source")
-    small, large = (geometry(load_config(ref)) for ref in (target, source))
+    configs = [load_config(ref) for ref in (target, source)]
+    for config in configs:
+        check_whole_matrices(config, "the grid")
+    small, large = map(geometry, configs)
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(params.seed)
     layers = source_layers(params.layers, large.num_layers, small.num_layers, generator)
@@ -113,6 +125,8 @@ def narrowings(width: str, source: Checkpoint, target: Checkpoint, d_target: int
             f"width embedding needs one vocabulary, found {len(tables[0])} and {len(tables[1])} tokens; use pca or"
             " whitening"
         )
+    if odd := vocabulary_difference(source.ref, target.ref):
+        raise UserError(f"width embedding needs one vocabulary: {odd}; use pca or whitening")
     transform = embedding_transform(*tables)
     return lambda rows: transform
 

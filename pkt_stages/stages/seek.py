@@ -76,17 +76,21 @@ def seek(
     from pkt_stages.models import load
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.sensitivity import resumed
-    from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, geometry, module_name
+    from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, check_whole_matrices, geometry, module_name
     from pkt_stages.models.submatrices import check_sizes, other_block
 
     watch = Stopwatch()
     refs = {"source": load.resolve(source), "target": load.resolve(target)}
     configs = {side: load.load_config(ref) for side, ref in refs.items()}
     sizes = {side: geometry(config) for side, config in configs.items()}
+    for config in configs.values():
+        check_whole_matrices(config, "Seeking")
     weights = [*SITES, *(OTHER_WEIGHTS if params.sites == "all" else ())]
     if params.sites == "all" and any(config.tie_word_embeddings for config in configs.values()):
         raise UserError("sites all: embedding and head are one weight in one of the models; use sites paper")
     check_sizes(sizes["source"], sizes["target"], weights)
+    if params.sites == "all" and (odd := load.vocabulary_difference(refs["source"], refs["target"])):
+        raise UserError(f"sites all: embedding and head take one vocabulary: {odd}; use sites paper")
     tokenizer = load.load_tokenizer(refs["source"])
     encoded = [
         (e.id, encode(tokenizer, e, template=params.template, max_length=params.max_length, labels=params.labels))
