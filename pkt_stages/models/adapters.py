@@ -88,7 +88,7 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str, base: Mapping[
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    commit = base["revision"] if base is not None else None
+    commit = base.get("revision") if base is not None else None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
