@@ -38,22 +38,17 @@ MethodName = Annotated[
 ]
 
 
-def with_params(
-    section: str, cls: type, *, optional: bool = False
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `--params FILE` and one per field of `cls`; it receives `params`, built from them.
 
     Values come as `params.read_settings` says, for the command's `task` and `method` where it has such options.
-
-    Args:
-        optional: whether the section may be missing.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(values: dict[str, Any], where: str, given: dict[str, Any]) -> None:
             command(**given, params=build(cls, values, where))
 
-        return _with_options(command, section, cls, [], run, optional)
+        return _with_options(command, section, cls, [], run)
 
     return decorate
 
@@ -86,8 +81,7 @@ def with_method(
             by, shared = _method(named, functions, cls, values, where)
             command(**given, params=build(cls, shared, where), by=by)
 
-        # A command without settings of its own needs no section.
-        return _with_options(command, section, cls, extra, run, not dataclasses.fields(cls))
+        return _with_options(command, section, cls, extra, run)
 
     return decorate
 
@@ -98,13 +92,11 @@ def _with_options(
     cls: type,
     extra: Sequence[inspect.Parameter],
     run: Callable[[dict[str, Any], str, dict[str, Any]], None],
-    optional: bool,
 ) -> Callable[..., None]:
     """The command as typer sees it.
 
     Args:
         run: receives the settings as values, where they are from, and what else was given.
-        optional: whether the params file may lack the section.
     """
     signature = inspect.signature(command, eval_str=True)
     hints = typing.get_type_hints(cls)
@@ -124,7 +116,8 @@ def _with_options(
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         file, task, method = given.pop("params_file"), given.get("task"), given.get("method")
-        values = read_settings(file, section, task=task, method=method, optional=optional) if file is not None else {}
+        # A command without settings of its own needs no section.
+        values = read_settings(file, section, task=task, method=method, optional=not fields) if file is not None else {}
         for name in fields:
             value = given.pop(name, None)
             if value is not None:

@@ -87,7 +87,7 @@ def check_base(folder: Path, said: Mapping[str, Any], base: Mapping[str, Any]) -
         )
 
 
-@with_params("import", ImportParams, optional=True)
+@with_params("import", ImportParams)
 def import_(
     params: ImportParams,
     adapter: Annotated[Path, typer.Option(help="Folder of a PEFT LoRA adapter, or of folders with one each.")],

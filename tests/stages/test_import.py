@@ -88,7 +88,7 @@ def test_it_is_listed_by_its_entry_alone(pkt: Run, adapter: Path, target_folder:
         ("{}", 0, ""),
         ("{alpha: 2}", 2, f"pkt: error: {params}: import: unknown key 'alpha'; expected one of any_base\n"),
     ):
-        params.write_text(f"made_by: {{imported: {{mine: {entry}}}}}\n")
+        params.write_text(f"import: {{}}\nmade_by: {{imported: {{mine: {entry}}}}}\n")
         found = imported(pkt, adapter, target_folder, "--params", params, "--method", "mine")
         assert found[::2] == (status, message)
     assert read_changes(adapter.parent / "row").meta["method"] == "mine"
