@@ -154,7 +154,8 @@ def read_scores(where: str | Path) -> list[dict[str, Any]]:
         *above, task = path.with_suffix("").parts
         if not above or above[0] == STEPS:
             continue
-        found = folder.read(*above, task, keys=("n", "runs", "metric", "nats", "nats_stderr", "model", "made"))
+        keys = ("n", "runs", "metric", "nats", "nats_stderr", "model", "made")
+        found = folder.by_task([task], *above, keys=keys)[task]
         made = found["made"] if isinstance(found["made"], dict) else {}
         rows.append(
             {
