@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from pkt_stages import methods
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 from pkt_stages.params import build, option, read_settings
 
 __all__ = ["option"]  # stages take it from here
@@ -143,7 +143,8 @@ def _method(
     if both := [key for key in own if key in shared]:
         raise UserError(f"pkt_stages/methods/{name}.py: {both[0]!r} is a setting of the command, too; rename it")
     if unknown := [key for key in values if key not in shared and key not in own]:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join([*own, *shared])}")
+        known = f"expected one of {', '.join([*own, *shared])}"
+        raise UserError(f"{where}: unknown key {unknown[0]!r}{meant(unknown[0], [*own, *shared])}; {known}")
     settings = build(code.Params, {key: value for key, value in values.items() if key in own}, f"{where} ({name})")
     return methods.Method(name, code, settings), {key: value for key, value in values.items() if key not in own}
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def load(name: str, functions: Sequence[str]) -> ModuleType:
         UserError: there is none, or it lacks `Params` or one of the functions.
     """
     if name not in names():
-        raise UserError(f"code {name!r}: no such file in pkt_stages/methods; found {', '.join(names())}")
+        found = f"found {', '.join(names())}"
+        raise UserError(f"code {name!r}: no such file in pkt_stages/methods{meant(name, names())}; {found}")
     module = importlib.import_module(f"{__name__}.{name}")
     if missing := [part for part in ("Params", *functions) if not hasattr(module, part)]:
         raise UserError(

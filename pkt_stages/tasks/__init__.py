@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def load(name: str) -> Task:
         UserError: there is no such folder, or it is incomplete.
     """
     if name not in names():
-        raise UserError(f"unknown task {name!r}; expected one of {', '.join(names())}")
+        raise UserError(f"unknown task {name!r}{meant(name, names())}; expected one of {', '.join(names())}")
     task = getattr(importlib.import_module(f"{__name__}.{name}"), "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task {name}: its package holds no `TASK`; expected one of class pkt_stages.tasks.Task")
