@@ -38,6 +38,23 @@ MethodName = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a command with settings says of them, as its attribute `settings`; `pkt check` goes by it.
+
+    Attributes:
+        section: of the params file.
+        cls: the dataclass.
+        by_task: whether a task may change them.
+        functions: that the file of pkt_stages/methods must have which brings settings of its own; none: there is none.
+    """
+
+    section: str
+    cls: type
+    by_task: bool
+    functions: tuple[str, ...]
+
+
 def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `--params FILE` and one per field of `cls`; it receives `params`, built from them.
 
@@ -48,7 +65,7 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
         def run(values: dict[str, Any], where: str, given: dict[str, Any]) -> None:
             command(**given, params=build(cls, values, where))
 
-        return _with_options(command, section, cls, [], run)
+        return _with_options(command, section, cls, [], run, ())
 
     return decorate
 
@@ -81,7 +98,7 @@ def with_method(
             by, shared = _method(named, functions, cls, values, where)
             command(**given, params=build(cls, shared, where), by=by)
 
-        return _with_options(command, section, cls, extra, run)
+        return _with_options(command, section, cls, extra, run, tuple(functions))
 
     return decorate
 
@@ -92,8 +109,9 @@ def _with_options(
     cls: type,
     extra: Sequence[inspect.Parameter],
     run: Callable[[dict[str, Any], str, dict[str, Any]], None],
+    functions: tuple[str, ...],
 ) -> Callable[..., None]:
-    """The command as typer sees it.
+    """The command as typer sees it, with its `Settings`.
 
     Args:
         run: receives the settings as values, where they are from, and what else was given.
@@ -126,6 +144,7 @@ def _with_options(
 
     wrapper.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in own + made}
+    wrapper.settings = Settings(section, cls, "task" in signature.parameters, functions)  # type: ignore[attr-defined]
     return wrapper
 
 

@@ -27,6 +27,7 @@ class Group:
         by_task: whether a row is made for each task.
         union: the mapping of the params that unites it with others for one stage of evaluation, if there is one.
         runs_code: whether an entry's `code` names a file of pkt_stages/methods.
+        before: a command that runs before it and takes settings of the method's entry, too.
     """
 
     command: str
@@ -35,6 +36,7 @@ class Group:
     by_task: bool = True
     union: str = ""
     runs_code: bool = False
+    before: str = ""
 
     @property
     def by_source(self) -> bool:
@@ -51,7 +53,7 @@ GROUPS: dict[str, Group] = {
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
     "finetune": Group("finetune", "PostPKT", sources=""),
     "finetune_seeking": Group("finetune", "PostPKT", sources="seek_source", union="sought"),
-    "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught"),
+    "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught", before="generate"),
     "distill": Group("distill", "Distillation", sources="teacher", union="taught"),
     "control": Group("derive", "Controls", union="aligned", runs_code=True),
     "transport_control": Group(

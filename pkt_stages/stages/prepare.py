@@ -10,7 +10,7 @@ from their train file where it has no file, and left out of the train set.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -122,10 +122,8 @@ def split(own: dict[str, list[Example]], test: list[Example], params: PreparePar
     wanted = {name: getattr(params, name) or len(own[name]) for name in SETS}
     wanted["transfer"] = params.count("transfer") if beside else wanted["transfer"]
     if short := [name for name in SETS if len(own[name]) < max(1, wanted[name])]:
-        told = [
-            f"{name}: {max(1, wanted[name])} examples wanted, the file holds {len(own[name])}{beside * (name == 'train')}"
-            for name in short
-        ]
+        held_by = {name: f"the file holds {len(own[name])}{beside * (name == 'train')}" for name in short}
+        told = [f"{name}: {max(1, wanted[name])} examples wanted, {held_by[name]}" for name in short]
         raise UserError(f"{', '.join(told)}; set {', '.join(f'`prepare.{name}`' for name in short)}")
     taken = {example.prompt: "test" for example in test}
     for name in SETS:
@@ -170,8 +168,11 @@ def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
     return [task.example(row, f"{task.name}_{pool}_{n}", split.schema) for n, row in numbered]
 
 
-def read_given(data: Path, task: Task) -> dict[str, list[Example]]:
+def read_given(data: Path, task: Task, pools: Sequence[str] = ("train", "test")) -> dict[str, list[Example]]:
     """What `run` takes, from a task's folder of data.
+
+    Args:
+        pools: to read, but for a train pool in whose place there are own sets.
 
     Raises:
         UserError: as `read_examples` and `read_pool`.
@@ -180,7 +181,7 @@ def read_given(data: Path, task: Task) -> dict[str, list[Example]]:
     if (data / "extract.jsonl").is_file():
         names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
         given = {name: read_examples(data / f"{name}.jsonl") for name in names}
-    for name in ("train", "test"):
+    for name in pools:
         if name not in given:
             given[name] = read_pool(data, name, task)
     return given
