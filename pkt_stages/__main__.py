@@ -18,7 +18,7 @@ STAGES = (
     *("prepare", "texts", "reexpress", "attribute", "select", "align", "inject", "correlate", "derive", "scale"),
     *("seek", "finetune", "generate", "distill", "evaluate", "adopt", "compare", "neurons", "report", "code"),
 )
-TOOLS = ("check", "plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
+TOOLS = ("check", "new-profile", "plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
 
 
 def application(name: str = "") -> typer.Typer:

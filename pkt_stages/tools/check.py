@@ -272,13 +272,25 @@ def params_file(target: str) -> Path:
     return folder / PARAMS
 
 
+def project() -> Path:
+    """The project's folder around the current one, as seen from here.
+
+    Raises:
+        UserError: there is none.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".dvc").is_dir() and (folder / GRAPH).is_file():
+            return Path(os.path.relpath(folder))
+    raise UserError(
+        f"no project here ({GRAPH} beside .dvc, in this folder or above it); run this in the project's folder"
+    )
+
+
 def whereabouts() -> str:
     """Where a command that needs a profile can be run, seen from here."""
-    here = Path.cwd()
-    root = next((folder for folder in here.parents if (folder / ".dvc").is_dir()), None)
-    if root is None or (here / ".dvc").is_dir():
-        return "run this in the project's folder, or name a profile's"
-    return f"run this in the project's folder, which is {os.path.relpath(root)}, or name a profile's"
+    at = project()
+    return "name a profile's folder" if at == Path() else f"run this in the project's folder, {at}, or name a profile's"
 
 
 def check(

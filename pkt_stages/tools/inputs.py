@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub, tasks
-from pkt_stages.core.selection import num_selected
 from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example, read_jsonl
 from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, geometry
@@ -222,6 +221,8 @@ class Models:
             self._checked.note(
                 "source", f"{told}; expected a source that is no smaller: are source and target swapped?"
             )
+        from pkt_stages.core.selection import num_selected
+
         select = self._checked.settings("select")
         if select is None:
             return
@@ -237,8 +238,12 @@ class Models:
                 )
 
     def _check_method(self, method: Method, target: Geometry) -> None:
-        """What the method's own file says of the sizes of source and target, if it has a `check`."""
+        """An alignment's rate, and what the method's own file says of the sizes if it has a `check`."""
+        from pkt_stages.models.selection import check_rate
 
+        for task in self._profile.tasks if method.group == "align" else []:
+            if (settings := self._checked.settings("align", task=task, method=method.name)) is not None:
+                tried(self._checked, f"made_by.align.{method.name}", check_rate, settings.rate, target)
         if (code := self._checked.code(method)) is None:
             return
         module, params = code
