@@ -32,6 +32,9 @@ SCRATCH = Path(".scratch")
 Source = Annotated[str, typer.Option(help="The source: model folder, or hub name `owner/name@revision`.")]
 Target = Annotated[str, typer.Option(help="The target: model folder, or hub name `owner/name@revision`.")]
 Model = Annotated[str, typer.Option(help="Model folder, or hub name `owner/name@revision`.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Insist on changes that were made for other weights; warns of them.")
+]
 Task = Annotated[str | None, typer.Option(help="Task whose part of the params file to use.")]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Method whose entry in `made_by` of the params to use.")

@@ -19,6 +19,7 @@ from pkt_stages.artifacts import Artifact
 from pkt_stages.core.selection import num_selected
 from pkt_stages.errors import UserError
 from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.load import is_same
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry
 from pkt_stages.progress import track
@@ -149,10 +150,10 @@ def check_rate(rate: float, target: Geometry) -> dict[str, int]:
 
 def check_target(selection: Selection, found: Mapping[str, Any], location: str) -> None:
     """Raise UserError unless the model `found` (see `load.identity`) is the target that the selection was made for."""
-    if found == selection.meta["target"]["model"]:
+    if is_same(found, selection.meta["target"]["model"]):
         return
     expected = selection.meta["target"]["model"]
-    if found == selection.meta["source"]["model"]:
+    if is_same(found, selection.meta["source"]["model"]):
         raise UserError(f"{location}: this is the selection's source; its target is {expected['name']}")
     raise UserError(
         f"{location}: not the target that the selection was made for (expected {expected['name']} at"

@@ -9,7 +9,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.options import Device, DType, Model, Stopwatch
+from pkt_stages.options import AnyBase, Device, DType, Model, Stopwatch
 
 if TYPE_CHECKING:
     from pkt_stages.models.changes import Stored
@@ -28,10 +28,11 @@ def export(
     allow_rounding_loss: Annotated[
         bool, typer.Option("--allow-rounding-loss", help="Go on if rounding loses over half of the delta's norm.")
     ] = False,
+    any_base: AnyBase = False,
     device: Device = "cpu",
 ) -> None:
     """Write a row of the table as a model that needs nothing of this project, or as a LoRA adapter."""
-    from pkt_stages.models.changes import read_changes
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.load import check_device, identity, load_config, resolve
     from pkt_stages.models.merge import ROUNDING_WARN
 
@@ -43,9 +44,7 @@ def export(
     ref = resolve(model)
     check_device(device)
     load_config(ref)
-    row = read_changes(delta)
-    stored = row.one(run)
-    row.check_target(identity(ref))
+    stored = changes_of(delta, identity(ref), any_base=any_base).one(run)
     if adapter:
         write_adapter(ref, stored, out)
         shown = "as a PEFT adapter"
@@ -79,7 +78,8 @@ def write_adapter(ref: ModelRef, stored: Stored, out: Path) -> None:
         )
     with torch.device("meta"):
         check(AutoModelForCausalLM.from_config(load_config(ref)), change)
-    save_adapter(out, change, str(identity(ref)["name"]))
+    base = identity(ref)
+    save_adapter(out, change, str(base["name"]), base)
 
 
 def write_model(

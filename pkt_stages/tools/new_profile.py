@@ -41,7 +41,7 @@ def text(name: str, source: str, target: str, found: Mapping[str, Any], chosen: 
     models = f"[{chat_model(source)}, {target}]"
     lines = [
         f"# Profile `{name}`: {source} to {target}. After each edit: pkt check {FOLDER}/{name}",
-        "# A setting that does not stand here is the paper's (`pkt COMMAND --help`); what the keys mean: CONTRIBUTING.md.",
+        "# What does not stand here is the paper's (`pkt COMMAND --help`); what the keys mean: CONTRIBUTING.md.",
         f"profile: {name}",
         "root: ../..",
         f"params_file: {FOLDER}/{name}/{PARAMS}",

@@ -163,12 +163,12 @@ def test_a_dense_delta_is_read_weight_by_weight(row: Path, monkeypatch: pytest.M
 
 
 def test_the_content_hash_covers_all_that_decides(row: Path) -> None:
-    hashes = {label: stored.content_hash() for label, stored in read_changes(row).items.items()}
+    hashes = {label: stored.content_hash for label, stored in read_changes(row).items.items()}
     assert len(set(hashes.values())) == 3
     assert hashes["b"] == artifacts.content_hash(row / "delta_0.safetensors")
     config = row / "a" / CONFIG
     config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8.0'))
-    assert read_changes(row).items["a"].content_hash() != hashes["a"]
+    assert read_changes(row).items["a"].content_hash != hashes["a"]
 
 
 def test_one_of_a_row(row: Path) -> None:
