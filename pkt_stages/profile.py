@@ -76,6 +76,8 @@ WORKS_ON = {
     "filter_control": ("transport_control", "control_random_transport"),
 }
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
+# Settings that concern some tasks alone: in a section they would have the stages of all others run again.
+OF_CODE = ("sandbox_floor", "sandbox_seconds", "sandbox_memory_mb")
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
 # Names are parts of paths, of commands and of tables; that of a method or a task of a key as well, which DVC cuts at
 # dots and in which it takes a number for a place.
@@ -303,6 +305,11 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
             if name not in wanted:
                 lists.note(f"{where}: {name!r} does not belong there{meant(name, wanted)}; {why}")
 
+    section = lists.content.get("evaluate")
+    for key in OF_CODE if isinstance(section, dict) else ():
+        if key in section:
+            where = "`task.<task>.evaluate` of the tasks of generated code, whose evaluations alone it changes"
+            lists.note(f"evaluate.{key}: does not belong there; expected in {where}")
     same("made_by", lists.part("made_by"), GROUPS, "a group without methods is an empty mapping: {}")
     parts = list(lists.part("no_change"))
     why = f"a task has the parts of `no_change`: {', '.join(parts)}"

@@ -132,7 +132,10 @@ def test_every_profile_reads(path: Path) -> None:
             "analysed.methods: matched is made by transport, not align, unaligned, finetune_seeking, finetune_answers,"
             " distill, control",
         ),
-        ({"analysed": NOTHING | {"source": ["sourse"]}}, "analysed.source: 'sourse' is not in `source` (did you mean 'source'?)"),
+        (
+            {"analysed": NOTHING | {"source": ["sourse"]}},
+            "analysed.source: 'sourse' is not in `source` (did you mean 'source'?)",
+        ),
         ({"analysed": NOTHING | {"source": "source"}}, "analysed.source: expected a list of names, found 'source'"),
         (
             {"analysed": {key: names for key, names in NOTHING.items() if key != "source"}},

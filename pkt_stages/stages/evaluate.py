@@ -42,11 +42,13 @@ def run(
     batch_size: int,
     device: str,
     scratch: Path,
+    sandbox: str | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     """Evaluations by label: of the model with each change in turn, or of the model alone as `base`.
 
     Args:
+        sandbox: level for generated code; None: the strongest that the host has.
         scales: what each change is multiplied by; None: 1.
 
     Returns:
@@ -69,6 +71,7 @@ def run(
             template=params.template,
             decoding=params.decoding(),
             sandbox_floor=params.sandbox_floor,
+            sandbox_level=sandbox,
             sandbox_seconds=params.sandbox_seconds,
             sandbox_memory_mb=params.sandbox_memory_mb,
             scratch=scratch,
@@ -117,6 +120,14 @@ def evaluate(
     scales: Annotated[Path | None, typer.Option(help="Factors of the changes, from `pkt scale`; by default 1.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Where to write every prediction (.jsonl).")] = None,
     any_base: AnyBase = False,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(
+            help="Sandbox for generated code, by its level; it stands in the metrics.",
+            envvar="PKT_SANDBOX",
+            show_default="the strongest of this host",
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     scratch: Scratch = SCRATCH,
@@ -137,6 +148,7 @@ def evaluate(
     changes = runs(rows)
     factors = read_scales(scales, changes) if scales is not None else None
     how: Any = {"batch_size": batch_size, "device": device, "scratch": scratch, "scales": factors}
+    how["sandbox"] = sandbox or None
     found, unscaled = run(ref, changes, examples, task, params, **how)
     if predictions is not None:
         write_jsonl(predictions, [{"run": label} | row for label, made in found.items() for row in made.predictions])

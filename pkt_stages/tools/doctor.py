@@ -179,13 +179,17 @@ def sandbox() -> Iterator[Finding]:
     from pkt_stages.evaluation.sandbox.levels import LEVELS
     from pkt_stages.evaluation.sandbox.pool import strongest
 
-    level, why = strongest(memory_mb=512)
+    try:
+        level, why = strongest(memory_mb=512)
+    except UserError as error:
+        yield Finding("sandbox", "bad", str(error), "run `pkt doctor` again")
+        return
     if level == LEVELS[0]:
         yield Finding("sandbox", "ok", level)
     elif level is None:
         yield Finding("sandbox", "bad", f"none works ({why})", "humaneval and mbpp cannot be evaluated on this host")
     else:
-        advice = "tiny runs; for real models mend that, or lower evaluate.sandbox_floor"
+        advice = "tiny runs; for real models mend that, or lower sandbox_floor in the tasks' part `evaluate`"
         yield Finding("sandbox", "note", f"{level} at most ({why})", advice)
 
 
