@@ -56,7 +56,7 @@ def main() -> None:
         print(f"pkt: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("pkt: interrupted", file=sys.stderr)
+        print("pkt: interrupted; run again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not _lacks_space(error):

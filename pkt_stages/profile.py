@@ -306,8 +306,8 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
                 lists.note(f"{where}: {name!r} does not belong there{meant(name, wanted)}; {why}")
 
     section = lists.content.get("evaluate")
-    for key in OF_CODE if isinstance(section, dict) else ():
-        if key in section:
+    for key in OF_CODE:
+        if isinstance(section, dict) and key in section:
             where = "`task.<task>.evaluate` of the tasks of generated code, whose evaluations alone it changes"
             lists.note(f"evaluate.{key}: does not belong there; expected in {where}")
     same("made_by", lists.part("made_by"), GROUPS, "a group without methods is an empty mapping: {}")

@@ -272,25 +272,31 @@ def params_file(target: str) -> Path:
     return folder / PARAMS
 
 
-def project() -> Path:
-    """The project's folder around the current one, as seen from here.
-
-    Raises:
-        UserError: there is none.
-    """
+def project() -> Path | None:
+    """The project's folder around the current one, as seen from here; None if there is none."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / ".dvc").is_dir() and (folder / GRAPH).is_file():
-            return Path(os.path.relpath(folder))
-    raise UserError(
-        f"no project here ({GRAPH} beside .dvc, in this folder or above it); run this in the project's folder"
-    )
+    around = (folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir() and (folder / GRAPH).is_file())
+    return next((Path(os.path.relpath(folder)) for folder in around), None)
+
+
+def without_git() -> str:
+    """What to do where the project is in no git repository, which DVC needs; nothing if it is in one."""
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), None)
+    if root is None or any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return ""
+    config = root / ".dvc" / "config"
+    if config.is_file() and re.search(r"^\s*no_scm\s*=\s*true", config.read_text(encoding="utf-8"), re.M | re.I):
+        return ""
+    return "a downloaded ZIP is none: `git init` makes one, or `dvc config core.no_scm true` does without"
 
 
 def whereabouts() -> str:
     """Where a command that needs a profile can be run, seen from here."""
-    at = project()
-    return "name a profile's folder" if at == Path() else f"run this in the project's folder, {at}, or name a profile's"
+    root = project()
+    if root is None:
+        return "run this in the project's folder"
+    return "name a profile's folder" if root == Path() else f"run this in the project's folder, {root}"
 
 
 def check(

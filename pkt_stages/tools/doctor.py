@@ -19,6 +19,7 @@ import typer
 
 from pkt_stages.errors import UserError
 from pkt_stages.progress import track
+from pkt_stages.tools.check import whereabouts, without_git
 
 State = Literal["ok", "note", "bad"]
 SIGNS: dict[State, str] = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -110,7 +111,10 @@ def disk() -> Iterator[Finding]:
 def dvc() -> Iterator[Finding]:
     """Is this a DVC repository, how does its cache link, and is there a remote to share with?"""
     if not Path("dvc.yaml").is_file():
-        yield Finding("DVC", "bad", "no dvc.yaml here", "run this in the project's root")
+        yield Finding("DVC", "bad", "no dvc.yaml here", whereabouts())
+        return
+    if advice := without_git():
+        yield Finding("git", "bad", "no git repository here, and DVC's commands need one", advice)
         return
     link = _dvc_config("cache.type") or "reflink,copy (DVC's default)"
     advice = "to halve disk use: dvc config --local cache.type reflink,hardlink,symlink (outputs become read-only)"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pkt_stages.errors import UserError
 from pkt_stages.quiet import quiet_dvc
-from pkt_stages.tools.check import GRAPH, check_profiles
+from pkt_stages.tools.check import GRAPH, check_profiles, whereabouts, without_git
 from pkt_stages.tools.provenance import OUTPUTS
 
 
@@ -29,6 +29,8 @@ class Graph:
         self._repo, self._allow_missing = repo, allow_missing
         self._params: dict[str, Any] = {}  # params files, read once each time that DVC's lock is held
         targets = targets or [GRAPH]
+        if GRAPH in targets and not os.path.exists(GRAPH):
+            raise UserError(f"no {GRAPH} here; {whereabouts()}")
         check_profiles(targets, allow_missing=allow_missing)
         try:
             with lock_repo(repo):
@@ -161,6 +163,6 @@ def open_repo() -> Iterator[Any]:
         try:
             repo = Repo()
         except DvcException as error:
-            raise UserError(f"{error}; run this in the project's folder") from None
+            raise UserError(f"{error}; {without_git() or whereabouts()}") from None
         with contextlib.closing(repo):
             yield repo

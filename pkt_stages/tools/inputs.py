@@ -18,7 +18,7 @@ from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example, read_jsonl
 from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, geometry
 from pkt_stages.params import build, mistakes, read_params
-from pkt_stages.profile import GROUPS, Method, chat_model
+from pkt_stages.profile import GROUPS, OF_CODE, Method, chat_model
 from pkt_stages.stages import prepare, texts
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.reexpress import ReexpressParams, new_sizes
@@ -307,6 +307,11 @@ class Sets:
             except UserError as error:
                 checked.note("task", error)
                 continue
+            part = checked.content["task"][name]
+            its = part.get("evaluate") if isinstance(part, dict) else None
+            for key in OF_CODE:
+                if task.judge is None and isinstance(its, dict) and key in its:
+                    checked.note(f"task.{name}.evaluate", f"{key} has no effect: no generated code is run; take it out")
             if isinstance(folder, str) and isinstance(prepared, dict) and name in prepared:
                 self.known[name] = self._prepared(task, Path(os.path.normpath(checked.root / folder)) / name)
 

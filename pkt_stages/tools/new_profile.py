@@ -114,7 +114,8 @@ def new_profile(
     data_dir: Annotated[str | None, typer.Option(help="Folder of data.", show_default="that of a profile")] = None,
 ) -> None:
     """Write profiles/NAME with the paper's settings and the rows of its two lines of methods, and check it."""
-    root = project()
+    if (root := project()) is None:
+        raise UserError("no project around this folder; run this in the project's")
     allowed, said = NAME
     source = source.removesuffix("-chat")
     for what, given in (("NAME", name), ("--source", source), ("--target", target)):

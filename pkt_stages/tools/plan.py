@@ -389,6 +389,7 @@ def plan(
     peak = max((need.memory for need in needs.values()), default=0) / GIB
     disk = sum(need.disk for need in needs.values()) / GIB
     typer.echo(
-        f"plan: {len(needs)} of {len(graph.stages)} stages are out of date: about {seconds / 3600:.1f} GPU hours,"
+        f"plan: at most {len(needs)} of {len(graph.stages)} stages would run (fewer, where what changed makes equal"
+        f" outputs): about {seconds / 3600:.1f} GPU hours,"
         f" {peak:.0f} GiB of GPU memory at the peak, {disk:.1f} GiB of disk (formulas, not measurements: docs/scale.md)"
     )
