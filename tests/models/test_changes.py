@@ -252,7 +252,7 @@ def test_a_base_that_lies_here_is_known_by_its_content(row: Path, target_folder:
     folder = stranger(row, tmp_path, str(target_folder))
     renamed = identity(resolve(str(shutil.copytree(target_folder, tmp_path / "renamed"))))
     changes_of(folder, renamed)
-    with pytest.raises(UserError, match="made for the target target at sha256:.*, found target at sha256:1; give"):
+    with pytest.raises(UserError, match=r"made for the target target at sha256:.*, found target at sha256:1; give"):
         changes_of(folder, {"name": "target", "revision": "sha256:1"})
 
 
