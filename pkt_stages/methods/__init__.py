@@ -2,7 +2,8 @@
 
 A file holds a frozen dataclass `Params` and plain functions: for `pkt derive` a `derive(inputs, params)`; for
 `pkt align` and `pkt inject` `mapping`, `source_rows` and `place`, as laten.py has them and says what they are given.
-Nothing lists the files.
+A `check(source, target, params)`, where there is one, raises UserError if the two models' sizes do not go with it;
+`pkt check` calls it before anything runs. Nothing lists the files.
 """
 
 from __future__ import annotations

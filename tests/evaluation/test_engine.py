@@ -390,18 +390,18 @@ def test_score_and_standard_error() -> None:
 @pytest.mark.parametrize(
     ("examples", "task", "message"),
     [
-        (questions(1), "mmul", "unknown task 'mmul' (did you mean 'mmlu'?); expected one of gsm8k, humaneval, mbpp, mmlu"),  # noqa: E501
-        (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),  # noqa: E501
+        (questions(1), "mmul", "unknown task 'mmul' (did you mean 'mmlu'?); expected one of gsm8k, humaneval, mbpp, mmlu"),
+        (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),
         (questions(1) * 2, "gsm8k", "the test set: id 'q0' is there twice; give each example one of its own"),
         (
             [Example("gsm8k", "long", "x" * 490, "Answer: 1", "Answer:", {"answer": "1"})],
             "gsm8k",
-            "example long: 503 tokens of prompt and 12 new ones, the model's context is 512; lower --max-new-tokens, leave the example out or use another model",  # noqa: E501
+            "example long: 503 tokens of prompt and 12 new ones, the model's context is 512; lower --max-new-tokens, leave the example out or use another model",
         ),
         (
             [Example("gsm8k", "long", "x" * 600, "Answer: 1", "Answer:", {"answer": "1"})],
             "gsm8k",
-            "example long: 615 tokens with the reference answer, the model's context is 512; leave the example out or use another model",  # noqa: E501
+            "example long: 615 tokens with the reference answer, the model's context is 512; leave the example out or use another model",
         ),
         (
             [Example("gsm8k", "odd", "x", "1", "Answer:", {"answer": "1"})],

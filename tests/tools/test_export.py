@@ -144,8 +144,8 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
          " adapter or a delta"),
         (source_folder, row, ("--run", "delta"), f"{row}: made for the target target at {names[0]['revision']}, found"
          f" source at {names[1]['revision']}; give its own target, or insist with --any-base"),
-        (source_folder, row / "seed_0", ("--any-base",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64] in the"
-         " adapter"),
+        (source_folder, row / "seed_0", ("--any-base",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
+         " in the adapter"),
         (source_folder, row / "seed_0", ("--adapter",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
          " in the adapter"),
         (target_folder, row, (*adapter, "--dtype", "float32"),
