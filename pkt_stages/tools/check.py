@@ -226,7 +226,7 @@ def problems(path: Path, *, allow_missing: bool = False) -> list[str]:
 
     Args:
         path: of its params file.
-        allow_missing: models and data need not be here.
+        allow_missing: models need not be here.
     """
     from pkt_stages.tools.inputs import check_inputs
 
