@@ -110,6 +110,10 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
+        (
+            {"evaluate": {"sandbox_seconds": 5.0}},
+            "evaluate.sandbox_seconds: does not belong there; expected in `task.<task>.evaluate` of the tasks of generated code, whose evaluations alone it changes",
+        ),
         ({"target": ["a"]}, "target: expected a name, found ['a']"),
         ({"models": "all"}, "models: expected a list of names, found 'all'"),
         ({"task": {}}, "task: expected at least one task, found none"),

@@ -25,8 +25,8 @@ NOTE = (
     " with 80 % power.\n"
 )
 OTHER_SANDBOX = (
-    "[level]: its generated code ran in a sandbox of another level than the target's, so the two are not compared;"
-    " evaluate both\non one kind of host, or with one PKT_SANDBOX."
+    "[level]: its generated code ran in a sandbox of another level than the target's, so the two are not compared;\n"
+    "evaluate both on one kind of host, or with one PKT_SANDBOX."
 )
 
 
