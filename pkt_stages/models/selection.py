@@ -19,6 +19,7 @@ from pkt_stages.artifacts import Artifact
 from pkt_stages.core.selection import num_selected
 from pkt_stages.errors import UserError
 from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.load import is_same
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry
 from pkt_stages.progress import track
@@ -132,22 +133,27 @@ def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Sele
     max_rate = chosen.meta["params"]["max_rate"]
     if rate > max_rate:
         raise UserError(f"rate {rate} is above the selection's max_rate {max_rate}; run `pkt select` with a higher one")
-    sizes = chosen.meta["target"]["geometry"]
-    counts = {"ffn": num_selected(rate, sizes["d_ff"]), "attn": num_selected(rate, sizes["d_model"])}
-    for sublayer, count in counts.items():
-        if count < 1:
-            raise UserError(f"rate {rate} selects no {sublayer} neuron of the target; raise it")
+    counts = check_rate(rate, Geometry(**chosen.meta["target"]["geometry"]))
     # Those of the variant, and the random neurons, which are of none.
     named = {n.removeprefix(f"{variant}."): n for n in chosen.shapes if "." not in n or n.startswith(f"{variant}.")}
     return Selection({name: chosen[whole] for name, whole in named.items()}, extracted, chosen.meta, counts)
 
 
+def check_rate(rate: float, target: Geometry) -> dict[str, int]:
+    """How many neurons a rate selects of a layer of the target, by sublayer; UserError if of one it selects none."""
+    counts = {"ffn": num_selected(rate, target.d_ff), "attn": num_selected(rate, target.d_model)}
+    for sublayer, count in counts.items():
+        if count < 1:
+            raise UserError(f"rate {rate} selects no {sublayer} neuron of the target; raise it")
+    return counts
+
+
 def check_target(selection: Selection, found: Mapping[str, Any], location: str) -> None:
     """Raise UserError unless the model `found` (see `load.identity`) is the target that the selection was made for."""
-    if found == selection.meta["target"]["model"]:
+    if is_same(found, selection.meta["target"]["model"]):
         return
     expected = selection.meta["target"]["model"]
-    if found == selection.meta["source"]["model"]:
+    if is_same(found, selection.meta["source"]["model"]):
         raise UserError(f"{location}: this is the selection's source; its target is {expected['name']}")
     raise UserError(
         f"{location}: not the target that the selection was made for (expected {expected['name']} at"

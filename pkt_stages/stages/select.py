@@ -117,7 +117,7 @@ def select(
     out: Annotated[Path, typer.Option(help="Folder for layer pairs and neurons, and the source's rows at them.")],
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
-    from pkt_stages.models.load import identity, load_config, resolve
+    from pkt_stages.models.load import identity, is_same, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.selection import INDICES, ROWS, extract_rows, random_neurons
     from pkt_stages.models.sites import geometry
@@ -132,7 +132,7 @@ def select(
         )
     ref = resolve(source)
     model, expected = identity(ref), found["source"].meta["model"]
-    if model != expected:
+    if not is_same(model, expected):
         raise UserError(
             f"{source}: not the model that {source_scores} was made from (expected {expected['name']} at"
             f" {expected['revision']}, found {model['name']} at {model['revision']}); run `pkt attribute` again"

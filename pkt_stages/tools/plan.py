@@ -169,14 +169,14 @@ class Estimator:
     def _scale(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--model"])
         settings = self._settings(options, "scale", ScaleParams)
-        examples = self._prepared(options).align * (len(settings.tasks) or 4)
+        examples = self._prepared(options).count("align") * (len(settings.tasks) or 4)
         width = WIDTHS[settings.dtype]
         return Need(flops=2 * size * examples * self._tokens * (1 + len(settings.scales)), memory=1.3 * size * width)
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
         settings, prepared = self._settings(options, "attribute", AttributeParams), self._prepared(options)
-        examples = prepared.extract + prepared.transfer
+        examples = prepared.count("extract") + prepared.count("transfer")
         variants = len(settings.norms)
         neurons = sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons)
         stored = sizes.num_layers * (sizes.d_ff + len(settings.coefficients) * sizes.num_attn_neurons)
@@ -197,7 +197,7 @@ class Estimator:
         settings = self._settings(options, "align", AlignParams)
         # The mapping's width is the source's; the target's stands in for it, which underrates by a third or so.
         mapping = len(SITES) * 2 * sizes.d_model**2
-        validated = settings.validation_size * self._prepared(options).transfer
+        validated = settings.validation_size * self._prepared(options).count("transfer")
         tokens = self._tokens * (2 * settings.batch_size + validated) * settings.steps
         activations = 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * 2
         return Need(
@@ -209,7 +209,7 @@ class Estimator:
     def _inject(self, options: Mapping[str, str]) -> Need:
         sizes, _ = self._model(options["--target"])
         rate = self._settings(options, "align", AlignParams).rate
-        return Need(disk=rate * self._prepared(options).transfer * self._rows(sizes))
+        return Need(disk=rate * self._prepared(options).count("transfer") * self._rows(sizes))
 
     def _derive(self, options: Mapping[str, str]) -> Need:
         """Of a delta that is made from another one, as many bytes as that has: few."""
@@ -253,7 +253,7 @@ class Estimator:
             s.num_layers * sum(rows * columns for rows, columns in map(s.weight_shape, SITES)) for s in (source, target)
         )
         return Need(
-            flops=6 * size * self._prepared(options).extract * self._tokens,
+            flops=6 * size * self._prepared(options).count("extract") * self._tokens,
             memory=size * width + 4 * held + self._tokens * source.num_layers * 34 * source.d_model * 2,
             disk=width * kept,
         )
@@ -275,7 +275,7 @@ class Estimator:
             written: the target writes its own answers.
         """
         sizes, size = self._model(options["--target"])
-        examples = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        examples = settings.num_examples or self._prepared(options).count(settings.train_set)
         tokens = examples * self._tokens * settings.epochs * len(settings.seeds)
         width = WIDTHS[settings.dtype]
         return Need(
@@ -289,7 +289,7 @@ class Estimator:
     def _generate(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--source"])
         settings = self._settings(options, "generate", GenerateParams)
-        answers = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        answers = settings.num_examples or self._prepared(options).count(settings.train_set)
         return self._written(size, answers, WRITTEN_TOKENS, WIDTHS[settings.dtype])
 
     def _evaluate(self, options: Mapping[str, str]) -> Need:
@@ -297,7 +297,7 @@ class Estimator:
         task = tasks.load(options["--task"])
         settings, prepared = self._settings(options, "evaluate", EvaluateParams), self._prepared(options)
         rows = settings.limit or prepared.test or task.num_test
-        runs = prepared.transfer if "--delta" in options else 1
+        runs = prepared.count("transfer") if "--delta" in options else 1
         return self._written(size, rows * runs * settings.num_samples, task.answer_tokens, WIDTHS[settings.dtype])
 
     def _written(self, size: int, answers: int, tokens: int, width: int) -> Need:
@@ -394,6 +394,7 @@ def plan(
     peak = max((need.memory for need in needs.values()), default=0) / GIB
     disk = sum(need.disk for need in needs.values()) / GIB
     typer.echo(
-        f"plan: {len(needs)} of {len(graph.stages)} stages are out of date: about {seconds / 3600:.1f} GPU hours,"
+        f"plan: at most {len(needs)} of {len(graph.stages)} stages would run (fewer, where what changed makes equal"
+        f" outputs): about {seconds / 3600:.1f} GPU hours,"
         f" {peak:.0f} GiB of GPU memory at the peak, {disk:.1f} GiB of disk (formulas, not measurements: docs/scale.md)"
     )

@@ -79,7 +79,10 @@ def test_sizes_of_the_hub_folders() -> None:
     ("sizes", "message"),
     [
         ({"num_layers": 2}, "key 'd_model' is missing"),
-        (SIZES | {"layers": 2}, f"unknown key 'layers'; expected one of {', '.join(NAMES)}"),
+        (
+            SIZES | {"layers": 2},
+            f"unknown key 'layers' (did you mean 'num_layers'?); expected one of {', '.join(NAMES)}",
+        ),
         (SIZES | {"d_ff": "many"}, "d_ff: expected int, found 'many'"),
         (SIZES | {"d_ff": 8.5}, "d_ff: expected int, found 8.5"),
         (SIZES | {"d_ff": 0}, "d_ff: expected a number above 0, found 0"),
