@@ -39,7 +39,8 @@ def random_model() -> torch.nn.Module:
 def baseline(model: torch.nn.Module, located: list[Located]) -> list[dict[str, torch.Tensor]]:
     """Scores [layer, neuron] per example and sublayer, float32, straight from the definition."""
     sizes = geometry(model.config)
-    unembedding, eps = lens(model)
+    own = lens(model)
+    unembedding, eps = own.unembedding, own.eps
     found = []
     for item in located:
         kept = capture(model, item.context)

@@ -24,7 +24,7 @@ TABLE = [
     ("no model", "attribute --model {nowhere} --extract {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
     ("second file", "attribute --model {target} --examples {examples} --examples {data} --out {tmp}/o", "--extract {data}: a second file; give the examples that deltas are for as --transfer"),
     ("folder without config", "attribute --model {data} --extract {examples} --out {tmp}/o", "{data}: a folder without config.json; expected a Hugging Face model folder"),
-    ("architecture", "attribute --model {gemma} --extract {examples} --out {tmp}/o", "architecture 'gemma2' is not supported: it normalises each block's output before adding it to the residual stream; supported are llama, mistral, qwen2, qwen3"),
+    ("architecture", "attribute --model {opt} --extract {examples} --out {tmp}/o", "architecture 'opt' is not supported: its positions are embedded and its FFN has no gate; supported are llama, mistral, qwen2, qwen3, smollm3, granite, gemma, gemma2, gemma3_text, olmo2, phi3, gpt_neox, llama4_text"),
     ("device", "attribute --model {target} --extract {examples} --out {tmp}/o --device tpu9", "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
     ("pickle only", "attribute --model {pickled} --extract {examples} --out {tmp}/o", "{pickled}: holds no safetensors weights ("),
     ("truncated weights", "attribute --model {truncated} --extract {examples} --out {tmp}/o", "{truncated}/model.safetensors: not a readable safetensors file ("),
@@ -92,10 +92,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, source_folder: Path, target_
     made["texts"].write_text('{"text": "a"}\n{"text": "b"}\n')
     made["typo"] = folder / "typo.yaml"
     made["typo"].write_text("attribute: {norm: rms}\n")
-    for name in ("gemma", "pickled", "truncated", "nan"):
+    for name in ("opt", "pickled", "truncated", "nan"):
         made[name] = make_model(folder / name, seed=3)
-    config = json.loads((made["gemma"] / "config.json").read_text())
-    (made["gemma"] / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    config = json.loads((made["opt"] / "config.json").read_text())
+    (made["opt"] / "config.json").write_text(json.dumps(config | {"model_type": "opt"}))
     weights = {name: made[name] / "model.safetensors" for name in ("pickled", "truncated", "nan")}
     torch.save(load_file(weights["pickled"]), made["pickled"] / "pytorch_model.bin")
     weights["pickled"].unlink()

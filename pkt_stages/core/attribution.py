@@ -62,14 +62,34 @@ def lens_divisor(final: Float[Tensor, "*batch d_model"], eps: float, norm: str) 
     raise ValueError(f"norm must be rms or reference_code, found {norm!r}")
 
 
+def logits(
+    unembedding: Float[Tensor, "vocab d_model"],
+    residual: Float[Tensor, "example d_model"],
+    divisor: Float[Tensor, " example"],
+    shift: Float[Tensor, " vocab"] | None = None,
+) -> Float[Tensor, "example vocab"]:
+    """Logits of the lens, float32.
+
+    Args:
+        shift: what the final norm's bias adds.
+    """
+    found = residual @ unembedding.mT / divisor[:, None]
+    return found if shift is None else found + shift
+
+
+def log_softmax(logits: Float[Tensor, "example vocab"], softcap: float | None = None) -> Float[Tensor, "example vocab"]:
+    """log p of logits, float64, or of softcap * tanh(logits / softcap)."""
+    exact = logits.double()
+    return torch.log_softmax(exact if softcap is None else softcap * (exact / softcap).tanh(), dim=-1)
+
+
 def log_probabilities(
     unembedding: Float[Tensor, "vocab d_model"],
     residual: Float[Tensor, "example d_model"],
     divisor: Float[Tensor, " example"],
 ) -> Float[Tensor, "example vocab"]:
     """log softmax of the logit lens; the logits are float32, sums and result float64."""
-    logits = residual @ unembedding.mT / divisor[:, None]
-    return torch.log_softmax(logits.double(), dim=-1)
+    return log_softmax(logits(unembedding, residual, divisor))
 
 
 def block_gain(
@@ -227,6 +247,38 @@ def _replace_plain(
             moved = c[variant, example, some[neuron]][:, None] * g[neuron]
             moved -= moved.gather(1, base.token[example, None])
             values[variant, example, some[neuron]] = -moved.add_(base.log_p[example]).float().logsumexp(-1).double()
+
+
+@torch.no_grad()
+def capped_neuron_scores(
+    subvalues: Float[Tensor, "neuron d_model"],
+    unembedding: Float[Tensor, "vocab d_model"],
+    logits: Float[Tensor, "example vocab"],
+    coefficients: Float[Tensor, "variant example neuron"],
+    token: Int[Tensor, " example"],
+    softcap: float,
+) -> Scores:
+    """`neuron_scores` of a model that caps its logits: softcap * tanh(logits / softcap).
+
+    Capped logits are not linear in the neuron, and the cap takes what is equal for all tokens for something else: every
+    pair is a log-sum-exp over the vocabulary, and U is not centred.
+
+    Args:
+        logits: of each example before a neuron is added, not capped.
+        coefficients: c_n / rms per example.
+    """
+    base = log_softmax(logits, softcap).gather(-1, token[:, None])  # [example, 1]
+    scores = torch.empty(coefficients.shape, dtype=torch.float32, device=logits.device)
+    columns = max(1, PLAIN_TILE[subvalues.device.type] // len(unembedding))
+    for start in range(0, len(subvalues), columns):
+        some = slice(start, start + columns)
+        g = torch.cat([subvalues[some].double() @ u.double().mT for u in unembedding.split(WIDE_TILE)], dim=1)
+        for variant in range(len(coefficients)):
+            for example, own in enumerate(logits.double()):
+                moved = g * coefficients[variant, example, some, None].double() + own
+                log_p = log_softmax(moved, softcap)[:, token[example]]
+                scores[variant, example, some] = (log_p - base[example]).float()
+    return Scores(scores, scores.numel())
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pkt_stages.core.transport import centred, polar, random_isometry, ridge
+from pkt_stages.errors import UserError
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import Correlation, Pair, activations, forward
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.load import identity, load_model
-from pkt_stages.models.sites import module_name
+from pkt_stages.models.load import identity, load_config, load_model
+from pkt_stages.models.sites import family, module_name, setting
 from pkt_stages.models.texts import same_tokens
 from pkt_stages.models.transport import MapParams
 from pkt_stages.options import DType
@@ -69,11 +70,18 @@ def derive(inputs: Inputs, params: Params) -> Derived:
 
     Raises:
         UserError: other inputs than --target, --source, --base, --correlation and --texts; models that are not those
-            of the correlation, or tokenizers that divide the texts differently.
+            of the correlation, a target with norms behind its blocks, or tokenizers that divide the texts differently.
     """
     target, source, base, folder, texts = inputs.only("target", "source", "base", "correlation", "texts")
     found, named = Correlation(folder), [identity(ref) for ref in (base, source, target)]
     found.check(named[0], named[2])
+    config = load_config(target)
+    kind = family(config)
+    if kind.after:
+        raise UserError(
+            f"{target.location}: a norm behind each block keeps what down_proj adds from being linear in it; take"
+            " another target, or another transport"
+        )
     how = params.num_texts, params.max_tokens, params.batch_size
     batches = same_tokens([base, source, target], texts, *how)
     num_tokens = sum(len(ids) for batch in batches for ids in batch)
@@ -95,7 +103,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
                 wanted = sums.moved @ turn
                 if params.incremental and sums.before is not None and before is not None:
                     wanted = wanted - sums.before @ before
-                weight = ridge(sums.gram, wanted, params.penalty).mT
+                weight = ridge(sums.gram, wanted / setting(config, kind.multiplier), params.penalty).mT
                 changes[n][f"{module_name('ffn_down', pair[1])}.weight"] = weight.float().cpu()
                 last[n] = turn
     labels = ["delta"] if len(changes) == 1 else [f"seed_{seed}" for seed in params.seeds]

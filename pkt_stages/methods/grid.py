@@ -21,7 +21,16 @@ from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.load import identity, load_config
 from pkt_stages.models.rows import Checkpoint
-from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry, as_rows, geometry, module_name, weight_name
+from pkt_stages.models.sites import (
+    SITES,
+    SUBLAYER_OF_SITE,
+    Geometry,
+    as_rows,
+    check_whole_matrices,
+    geometry,
+    module_name,
+    weight_name,
+)
 from pkt_stages.params import option
 from pkt_stages.progress import track
 
@@ -50,7 +59,10 @@ def derive(inputs: Inputs, params: Params) -> Derived:
             that differ (width embedding).
     """
     target, source = inputs.only("target", "source")
-    small, large = (geometry(load_config(ref)) for ref in (target, source))
+    configs = [load_config(ref) for ref in (target, source)]
+    for config in configs:
+        check_whole_matrices(config, "the grid")
+    small, large = map(geometry, configs)
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(params.seed)
     layers = source_layers(params.layers, large.num_layers, small.num_layers, generator)

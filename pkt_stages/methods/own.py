@@ -58,5 +58,5 @@ def inside_layers(models: Models) -> dict[str, Tensor]:
             module = module_name(weight, layer)
             found[f"{module}.weight"] = models.as_stored(weight, layer, models.change(weight, layer)).float()
             if (bias := models.bias_change(weight, layer)) is not None:
-                found[f"{module}.bias"] = bias.float()
+                found[f"{module}.bias"] = models.as_stored(weight, layer, bias).float()
     return found

@@ -90,7 +90,10 @@ def derive(inputs: Inputs, params: Params) -> Derived:
         for weight in INPUT_OF:
             module = module_name(weight, layer)
             mixed = mixture(models, plans, weight, layer, params.published)
-            for part, value in (("weight", models[0].stored(weight, layer)), ("bias", models[0].bias(weight, layer))):
+            for part, value in (
+                ("weight", models[0].stored(weight, layer)),
+                ("bias", models[0].stored_bias(weight, layer)),
+            ):
                 if value is not None:
                     changes[f"{module}.{part}"] = (mixed.get(part, torch.zeros_like(value)) - value).float()
     meta = {name: {"layers": plan.layers.tolist()} for name, plan in plans.items()}
@@ -154,7 +157,7 @@ def mixture(
         if not published:
             q_out, q_in = q_out * len(q_out), q_in * q_in.shape[1]
         parts = {"weight": q_out @ models[1].stored(weight, j) @ q_in.mT}
-        if (bias := models[1].bias(weight, j)) is not None:
+        if (bias := models[1].stored_bias(weight, j)) is not None:
             parts["bias"] = q_out @ bias
         for part, value in parts.items():
             made[part] = made.get(part, torch.zeros_like(value)) + share * value

@@ -21,7 +21,7 @@ from pkt_stages.errors import UserError, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LEAD = "base_model.model."
-_EMBEDDING = "embed_tokens"
+_EMBEDDINGS = ("embed_tokens", "embed_in")
 # Settings of PEFT that say nothing of the finished update, or only beside others that are refused.
 _FREE = frozenset(
     (
@@ -59,7 +59,7 @@ class Adapter:
         """What is added to the module's weight, float32, in the weight's own shape."""
         a, b = (factor.float() for factor in self.factors[module])
         product = (self.alpha / self.rank) * (b @ a)
-        return product.mT if module.rpartition(".")[2] == _EMBEDDING else product
+        return product.mT if module.rpartition(".")[2] in _EMBEDDINGS else product
 
     def minus(self, other: Adapter) -> Adapter:
         """The adapter of rank r + r' whose update is this one's minus the other's (equal modules, equal alpha / r)."""
@@ -168,7 +168,7 @@ def _factor(module: str, letter: str) -> str | None:
     """What PEFT calls the factor A or B of a module, behind `lora_`."""
     if letter not in ("A", "B"):
         return None
-    return f"embedding_{letter}" if module.rpartition(".")[2] == _EMBEDDING else f"{letter}.weight"
+    return f"embedding_{letter}" if module.rpartition(".")[2] in _EMBEDDINGS else f"{letter}.weight"
 
 
 def _is_plain(name: str, value: Any) -> bool:

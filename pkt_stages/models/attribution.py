@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pkt_stages.core import attribution as core
-from pkt_stages.models.capture import Captured, lens
-from pkt_stages.models.sites import as_rows, weight_name
+from pkt_stages.models.capture import Captured, Lens, lens, subvalues
+from pkt_stages.models.sites import in_parallel
 
-SITE = {"ffn": "ffn_down", "attn": "attn_o"}  # the subvalues of a sublayer's neurons are this site's rows
+SUBLAYERS = ("ffn", "attn")
+STREAM = ("layer_input", "attn_output", "ffn_output", "final")  # of `Captured`, what is added up in the stream
 COEFFICIENTS = {"all_positions": "attn_coefficients", "last_position": "attn_coefficients_last"}
 
 
@@ -23,12 +24,12 @@ class Examples:
 
     Attributes:
         model: that they ran through.
-        captured: by example.
+        captured: by example, vectors as they enter the lens.
         token: [example] the tokens that they should predict.
         norms: of the lens; they differ only in the divisor, so that they ride along as further examples.
         coefficients: kinds of attention coefficient, keys of `COEFFICIENTS`.
-        unembedding: [vocab, d_model] of the lens.
-        centred: the same, centred over the vocabulary.
+        lens: the model's.
+        centred: [vocab, d_model] its unembedding, centred over the vocabulary.
         divisor: [norm * example] of the lens.
         fused: forms powers of directions on a GPU.
     """
@@ -38,7 +39,7 @@ class Examples:
     token: Tensor
     norms: Sequence[str]
     coefficients: Sequence[str]
-    unembedding: Tensor
+    lens: Lens
     centred: Tensor
     divisor: Tensor
     fused: core.Powers | None
@@ -47,9 +48,14 @@ class Examples:
         """What all examples have as this field of `Captured` at a layer: [example, ...]."""
         return torch.stack([getattr(c, name)[layer] for c in self.captured])
 
+    def logits(self, residual: Tensor) -> Tensor:
+        """Logits of the lens [norm * example, vocab], not capped, for residuals [example, d_model]."""
+        every = residual.repeat(len(self.norms), 1)
+        return core.logits(self.lens.unembedding, every, self.divisor, self.lens.shift)
+
     def log_p(self, residual: Tensor) -> Tensor:
-        """log p of the lens [norm * example, vocab] for residuals [example, d_model]."""
-        return core.log_probabilities(self.unembedding, residual.repeat(len(self.norms), 1), self.divisor)
+        """log p of the lens, likewise."""
+        return core.log_softmax(self.logits(residual), self.lens.softcap)
 
 
 def on_lens(
@@ -65,9 +71,12 @@ def on_lens(
         captured: the fields of `Captured`, by example.
         predicted: the token that each should predict.
     """
-    unembedding, eps = lens(model)
-    home = unembedding.device
-    moved = [Captured(**{name: tensor.to(home) for name, tensor in fields.items()}) for fields in captured]
+    found = lens(model)
+    home = found.unembedding.device
+    moved = [
+        Captured(**{n: found.entering(t.to(home)) if n in STREAM else t.to(home) for n, t in fields.items()})
+        for fields in captured
+    ]
     final = torch.stack([c.final for c in moved])
     return Examples(
         model=model,
@@ -75,19 +84,19 @@ def on_lens(
         token=torch.tensor(predicted, device=home),
         norms=norms,
         coefficients=coefficients,
-        unembedding=unembedding,
-        centred=core.centred(unembedding),
-        divisor=torch.cat([core.lens_divisor(final, eps, norm) for norm in norms]),
-        fused=_fused(model, home),
+        lens=found,
+        centred=core.centred(found.unembedding),
+        divisor=torch.cat([core.lens_divisor(final, found.eps, norm) for norm in norms]),
+        fused=_fused(model, found),
     )
 
 
-def _fused(model: Any, home: torch.device) -> core.Powers | None:
-    if home.type != "cuda":
+def _fused(model: Any, lens: Lens) -> core.Powers | None:
+    if not lens.gamma.is_cuda:
         return None
     from pkt_stages.core.halves import HalvedPowers
 
-    return HalvedPowers(model.get_output_embeddings().weight.to(home), model.model.norm.weight.float())
+    return HalvedPowers(model.get_output_embeddings().weight.to(lens.gamma.device), lens.gamma)
 
 
 def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, Tensor]:
@@ -103,22 +112,27 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
     token = examples.token.repeat(len(examples.norms))
     before = examples.stacked("layer_input", layer)
     between = before + examples.stacked("attn_output", layer)
-    p_before, p_between = examples.log_p(before), examples.log_p(between)
-    p_after = examples.log_p(between + examples.stacked("ffn_output", layer))
-    made = {
-        "attn_gain": core.block_gain(p_before, p_between, token),
-        "ffn_gain": core.block_gain(p_between, p_after, token),
-    }
-    for sublayer, base, names in (
-        ("attn", p_before, [COEFFICIENTS[kind] for kind in examples.coefficients]),
-        ("ffn", p_between, ["ffn_coefficients"]),
+    # Where both blocks read the same stream, both neurons' bases are that stream.
+    ffn_base = before if in_parallel(examples.model.config) else between
+    bases = {"attn": before, "ffn": ffn_base}
+    after = {"attn": between, "ffn": ffn_base + examples.stacked("ffn_output", layer)}
+    made = {}
+    for sublayer, names in (
+        ("attn", [COEFFICIENTS[kind] for kind in examples.coefficients]),
+        ("ffn", ["ffn_coefficients"]),
     ):
-        subvalues = _subvalues(examples.model, layer, sublayer).to(base.device).float().contiguous()
+        base = examples.log_p(bases[sublayer])
+        made[f"{sublayer}_gain"] = core.block_gain(base, examples.log_p(after[sublayer]), token)
+        vectors = _subvalues(examples, layer, sublayer)
         scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
         c = torch.stack(scaled)
-        found = core.neuron_scores(
-            subvalues, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
-        )
+        if (softcap := examples.lens.softcap) is not None:
+            logits, unembedding = examples.logits(bases[sublayer]), examples.lens.unembedding
+            found = core.capped_neuron_scores(vectors, unembedding, logits, c, token, softcap)
+        else:
+            found = core.neuron_scores(
+                vectors, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
+            )
         made[sublayer] = found.values
         made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])
     return {name: tensor.cpu() for name, tensor in made.items()}
@@ -150,7 +164,7 @@ def _by_variant(examples: Examples, layers: Sequence[Mapping[str, Tensor]]) -> d
         return found.unflatten(dim, (len(examples.norms), -1))
 
     tensors = {}
-    for sublayer in SITE:
+    for sublayer in SUBLAYERS:
         scores = by_norm(torch.stack([layer[sublayer] for layer in layers], dim=2), 1)
         gains = by_norm(torch.stack([layer[f"{sublayer}_gain"] for layer in layers], dim=1), 0)
         for n, norm in enumerate(examples.norms):
@@ -182,8 +196,7 @@ def _best_neurons(
     tokens = []
     for captured, pairs in zip(examples.captured, where.tolist(), strict=True):
         vectors = [
-            _subvalues(examples.model, layer, sublayer)[neuron].to(examples.centred.device).float()
-            * getattr(captured, name)[layer, neuron]
+            _subvalues(examples, layer, sublayer, neuron) * getattr(captured, name)[layer, neuron]
             for layer, neuron in pairs
         ]
         found = core.lens_tokens(torch.stack(vectors), examples.centred, min(num_tokens, len(examples.centred)))
@@ -191,6 +204,7 @@ def _best_neurons(
     return where, torch.stack(tokens)
 
 
-def _subvalues(model: Any, layer: int, sublayer: str) -> Tensor:
-    """[neuron, d_model] as the model holds them."""
-    return as_rows(model.get_parameter(weight_name(layer, SITE[sublayer])), SITE[sublayer])
+def _subvalues(examples: Examples, layer: int, sublayer: str, neurons: Any = slice(None)) -> Tensor:
+    """[neuron, d_model] as they enter the lens, on its device."""
+    found = subvalues(examples.model, layer, sublayer, neurons).to(examples.lens.gamma.device)
+    return examples.lens.entering(found).contiguous()

@@ -1,7 +1,13 @@
-"""Forward passes, and what every layer computed at the predicting position (METHODS section 2)."""
+"""Forward passes, and what every layer computed at the predicting position (METHODS section 2).
+
+What a block adds to the residual stream is its output behind the norm and the multiplier that its architecture may have
+there. Such a norm divides by the size of the block's whole output, which is held fixed as the final norm's is: it goes
+into the coefficients, and the gain into the subvalues (`written`), so that a neuron adds coefficient times subvalue.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pkt_stages.models.batches import padded
-from pkt_stages.models.sites import Geometry, geometry
+from pkt_stages.models.sites import Family, Geometry, as_rows, family, geometry, setting
 
 MAX_TOKENS = 2048  # of a batch, filling included
+# By sublayer, fields of `Captured`.
+COEFFICIENTS = {"ffn": ("ffn_coefficients",), "attn": ("attn_coefficients", "attn_coefficients_last")}
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Captured:
         layer_input: [layer, d_model] h_{l-1}.
         attn_output: [layer, d_model] A_l, what attention adds.
         ffn_output: [layer, d_model] F_l, what the FFN adds.
-        ffn_coefficients: [layer, d_ff] c = act(gate) * up.
+        ffn_coefficients: [layer, d_ff] c, the input of down_proj: act(gate) * up, or act(up) without a gate.
         attn_coefficients: [layer, attn_neuron] a, the head outputs before o_proj: a sum over all positions.
         attn_coefficients_last: [layer, attn_neuron] only the last position's weight on itself times its own value.
         final: [d_model] h_L, the last layer's output before the final norm.
@@ -63,8 +71,8 @@ def capture_all(model: Any, contexts: Sequence[list[int]]) -> list[Captured]:
         contexts: token ids, the first of them BOS where the model was trained with one. Shorter ones are filled up
             behind their last token, which attends to nothing behind itself.
     """
-    sizes = geometry(model.config)
-    kept: dict[str, list[Tensor]] = {n: [] for n in ("input", "attn", "ffn", "c", "a", "weight", "value", "final")}
+    sizes, kind = geometry(model.config), family(model.config)
+    kept: dict[str, list[Tensor]] = defaultdict(list)
     rows = torch.arange(len(contexts))
     last = torch.tensor([len(context) - 1 for context in contexts])
 
@@ -75,55 +83,67 @@ def capture_all(model: Any, contexts: Sequence[list[int]]) -> list[Captured]:
         return hook
 
     def keep_output(name: str) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            kept[name].append(output[rows, last].float())
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            kept[name].append((output[0] if isinstance(output, tuple) else output)[rows, last].float())
 
         return hook
 
-    def keep_attention(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        kept["attn"].append(output[0][rows, last].float())
+    def keep_weights(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         kept["weight"].append(output[1][rows, :, last, last].float())
 
     handles = []
+
+    def before(module: str, name: str) -> None:
+        handles.append(model.get_submodule(module).register_forward_pre_hook(keep_input(name)))
+
+    def behind(module: str, hook: Any) -> None:
+        handles.append(model.get_submodule(module).register_forward_hook(hook))
+
     try:
-        for layer in model.model.layers:
-            handles += [
-                layer.register_forward_pre_hook(keep_input("input")),
-                layer.self_attn.register_forward_hook(keep_attention),
-                layer.self_attn.v_proj.register_forward_hook(keep_output("value")),
-                layer.self_attn.o_proj.register_forward_pre_hook(keep_input("a")),
-                layer.mlp.register_forward_hook(keep_output("ffn")),
-                layer.mlp.down_proj.register_forward_pre_hook(keep_input("c")),
-            ]
-        handles.append(model.model.norm.register_forward_pre_hook(keep_input("final")))
+        for layer in range(sizes.num_layers):
+            before(kind.layer(layer), "input")
+            behind(kind.block("attn", layer), keep_weights)
+            behind(kind.module("attn_v", layer), keep_output("value"))
+            before(kind.module("attn_o", layer), "attn_coefficients")
+            before(kind.module("ffn_down", layer), "ffn_coefficients")
+            for sublayer in ("attn", "ffn"):
+                norm = kind.norm_behind(sublayer, layer)
+                behind(norm or kind.block(sublayer, layer), keep_output(sublayer))
+                if norm is not None:
+                    before(norm, f"{sublayer}_unnormed")
+        before(kind.final_norm, "final")
         with eager(model):
             ids = padded(contexts, 0).to(model.get_input_embeddings().weight.device)
-            model.model(input_ids=ids, use_cache=False)
+            getattr(model, kind.base)(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
 
     home = kept["final"][0].device
     stacked = {name: torch.stack([t.to(home) for t in found], dim=1) for name, found in kept.items()}
+    stacked["attn_coefficients_last"] = _own_value(kind, sizes, stacked["weight"], stacked["value"])
+    eps, multiplier = setting(model.config, kind.eps), setting(model.config, kind.multiplier)
+    for sublayer, names in COEFFICIENTS.items():
+        if (output := stacked.get(f"{sublayer}_unnormed")) is not None:
+            size = (output.square().mean(-1, keepdim=True) + eps).sqrt()
+            stacked |= {name: stacked[name] / size for name in names}
     return [
         Captured(
             layer_input=stacked["input"][i],
-            attn_output=stacked["attn"][i],
-            ffn_output=stacked["ffn"][i],
-            ffn_coefficients=stacked["c"][i],
-            attn_coefficients=stacked["a"][i],
-            attn_coefficients_last=_own_value(stacked["weight"][i], stacked["value"][i], sizes),
+            attn_output=stacked["attn"][i] * multiplier,
+            ffn_output=stacked["ffn"][i] * multiplier,
+            **{name: stacked[name][i] for names in COEFFICIENTS.values() for name in names},
             final=stacked["final"][i, 0],
         )
         for i in range(len(contexts))
     ]
 
 
-def _own_value(weight: Tensor, value: Tensor, sizes: Geometry) -> Tensor:
-    """[layer, head] weights on the position itself times its values [layer, n_kv * d_head], per attention neuron."""
-    heads = weight.repeat_interleave(sizes.d_head, dim=-1)
+def _own_value(kind: Family, sizes: Geometry, weight: Tensor, value: Tensor) -> Tensor:
+    """[.., head] weights on the position itself times its values [.., row of their matrix], per attention neuron."""
     neurons = torch.arange(sizes.num_attn_neurons, device=value.device)
-    return heads * value[:, sizes.weight_index("attn_v", neurons)]
+    places = kind.stored_index("attn_v", sizes.weight_index("attn_v", neurons), sizes)
+    return weight.repeat_interleave(sizes.d_head, dim=-1) * value[..., places]
 
 
 @contextmanager
@@ -137,8 +157,52 @@ def eager(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def lens(model: Any) -> tuple[Tensor, float]:
-    """The logit lens without its norm: W_U * gamma as float32 [vocab, d_model], and the final norm's eps."""
-    gamma = model.model.norm.weight.float()
-    head = model.get_output_embeddings().weight
-    return head.to(gamma.device).float() * gamma, float(model.model.norm.variance_epsilon)
+def subvalues(model: Any, layer: int, sublayer: str, neurons: Any = slice(None)) -> Tensor:
+    """What neurons of a sublayer add to the stream at coefficient 1, [neuron, d_model] float32.
+
+    A column of o_proj or down_proj, times the gain of the norm behind the block and the block's multiplier.
+
+    Args:
+        neurons: which, as an index.
+    """
+    kind, site = family(model.config), "attn_o" if sublayer == "attn" else "ffn_down"
+    found = as_rows(model.get_parameter(kind.weight(site, layer)), site)[neurons].float()
+    if (norm := kind.norm_behind(sublayer, layer)) is not None:
+        found = found * kind.gain(model.get_submodule(norm).weight.float())
+    return found * setting(model.config, kind.multiplier)
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The logit lens without its division: logits of x are U x / size + shift, or capped: c tanh(. / c) of that.
+
+    Attributes:
+        unembedding: [vocab, d_model] U = W_U * gamma, float32.
+        gamma: [d_model] gain of the final norm over what the model divides its logits by.
+        eps: of the norm.
+        shift: [vocab] what a bias of the norm adds; None without one.
+        centred: the norm subtracts the mean, so that vectors enter without theirs.
+        softcap: c; None: logits are not capped.
+    """
+
+    unembedding: Tensor
+    gamma: Tensor
+    eps: float
+    shift: Tensor | None
+    centred: bool
+    softcap: float | None
+
+    def entering(self, vectors: Tensor) -> Tensor:
+        """Vectors [.., d_model] as they enter."""
+        return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
+
+
+def lens(model: Any) -> Lens:
+    """The model's logit lens, on the device of its final norm."""
+    kind, config = family(model.config), model.config
+    norm = model.get_submodule(kind.final_norm)
+    gamma = kind.gain(norm.weight.float()) / setting(config, kind.logits_scaling)
+    head = model.get_output_embeddings().weight.to(gamma.device).float()
+    shift = head @ norm.bias.float() / setting(config, kind.logits_scaling) if kind.centred else None
+    softcap = getattr(config, kind.logits_softcap) if kind.logits_softcap else None
+    return Lens(head * gamma, gamma, setting(config, kind.eps), shift, kind.centred, softcap)

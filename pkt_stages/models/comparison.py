@@ -18,6 +18,7 @@ from pkt_stages.models.load import ModelRef, load_config
 from pkt_stages.models.ranges import Ranges, of_change, of_models, ranges
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.similarity import similarities
+from pkt_stages.models.sites import check_whole_matrices
 from pkt_stages.models.submatrices import read_submatrices
 
 MARK = "compare.json"  # says what was compared; the artifacts lie beside it
@@ -119,5 +120,6 @@ def similarity_of(ref: ModelRef, change: Change | None, start: Start | None) -> 
     if start is None:
         return None
     assert isinstance(change, Adapter)
-    weight, num_layers = Checkpoint(ref).weight, load_config(ref).num_hidden_layers
-    return similarities(weight, change, start.submatrices, rank=start.rank, num_layers=num_layers)
+    config, weight = load_config(ref), Checkpoint(ref).weight
+    check_whole_matrices(config, "similarity")
+    return similarities(weight, change, start.submatrices, rank=start.rank, num_layers=config.num_hidden_layers)

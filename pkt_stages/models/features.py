@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pkt_stages.models.batches import padded, padding_mask
 from pkt_stages.models.losses import home
-from pkt_stages.models.sites import SITES, geometry, projection_name
+from pkt_stages.models.sites import SITES, family, geometry
 
 
 def features(model: Any, texts: Sequence[list[int]], *, tokens: str, micro_batch_size: int) -> dict[str, list[Tensor]]:
@@ -35,7 +35,7 @@ def features(model: Any, texts: Sequence[list[int]], *, tokens: str, micro_batch
 def _pass(model: Any, texts: Sequence[list[int]], tokens: str) -> dict[str, list[Tensor]]:
     ids, mask = padded(texts, 0).to(home(model)), padding_mask(texts).to(home(model))
     with _outputs(model, mask.bool(), tokens) as kept:
-        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        getattr(model, family(model.config).base)(input_ids=ids, attention_mask=mask, use_cache=False)
     return kept
 
 
@@ -53,12 +53,16 @@ def _outputs(model: Any, mask: Tensor, tokens: str) -> Iterator[dict[str, list[T
         weights = inside / inside.sum(1, keepdim=True)
         return torch.einsum("btd,bt->bd", output.float(), weights)
 
+    sizes, kind = geometry(model.config), family(model.config)
+
     def keep(site: str) -> Any:
-        return lambda _module, _inputs, output: kept[site].append(reduce(output))
+        every = torch.arange(sizes.weight_shape(site)[0])
+        own = kind.stored_index(site, every, sizes) if kind.fused is not None else slice(None)
+        return lambda _module, _inputs, output: kept[site].append(reduce(output[..., own]))
 
     handles = [
-        model.get_submodule(projection_name(layer, site)).register_forward_hook(keep(site))
-        for layer in range(geometry(model.config).num_layers)
+        model.get_submodule(kind.module(site, layer)).register_forward_hook(keep(site))
+        for layer in range(sizes.num_layers)
         for site in SITES
     ]
     try:

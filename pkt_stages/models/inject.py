@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pkt_stages.errors import UserError
-from pkt_stages.models.sites import SITES, Geometry, feature_of, geometry, projection_name
+from pkt_stages.models.sites import SITES, Family, Geometry, family, feature_of, geometry
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -52,9 +52,9 @@ class SparseDelta:
         if len(self.layers.unique()) < len(self.layers):
             raise UserError(f"delta at {site}: a layer stands twice in {self.layers.tolist()}")
 
-    def per_weight_row(self, pair: int, site: str, sizes: Geometry) -> tuple[Tensor, Tensor]:
-        """Row indices of one layer's weight, each once, and the float32 rows to add there."""
-        index = sizes.weight_index(site, self.neurons[pair].cpu())
+    def per_weight_row(self, pair: int, site: str, sizes: Geometry, kind: Family) -> tuple[Tensor, Tensor]:
+        """Rows of one layer's stored matrix (columns of one that has neurons as such), each once, and what to add."""
+        index = kind.stored_index(site, sizes.weight_index(site, self.neurons[pair].cpu()), sizes)
         rows = self.rows[pair].float()
         unique, inverse = index.unique(return_inverse=True)
         if len(unique) == len(index):
@@ -77,7 +77,7 @@ def injected(model: Module, delta: Delta) -> Iterator[None]:
     Raises:
         UserError: the delta does not fit the model.
     """
-    sizes = geometry(model.config)
+    sizes, kind = geometry(model.config), family(model.config)
     for site, part in delta.items():
         part.check(site, sizes)
     handles = []
@@ -85,8 +85,8 @@ def injected(model: Module, delta: Delta) -> Iterator[None]:
         for site, part in delta.items():
             hook = _output_hook if feature_of(site) == "output" else _input_hook
             for pair, layer in enumerate(part.layers.tolist()):
-                module = model.get_submodule(projection_name(layer, site))
-                handles.append(module.register_forward_hook(hook(*part.per_weight_row(pair, site, sizes))))
+                module = model.get_submodule(kind.module(site, layer))
+                handles.append(module.register_forward_hook(hook(*part.per_weight_row(pair, site, sizes, kind))))
         yield
     finally:
         for handle in handles:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub
 from pkt_stages.errors import UserError, shown
-from pkt_stages.models.sites import Geometry, geometry
+from pkt_stages.models.sites import Geometry, family, geometry
 from pkt_stages.params import build
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ def put_together(ref: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype, devi
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    softcap = family(checkpoint.config).attention_softcap
+    capped = softcap is not None and getattr(checkpoint.config, softcap) is not None
     try:
         loaded: Any = hub.explained(
             ref.location,
@@ -224,6 +226,7 @@ def put_together(ref: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype, devi
                 state_dict=checkpoint.weights,
                 dtype=dtype,
                 device_map=device,
+                attn_implementation="eager" if capped else None,
                 output_loading_info=True,
             ),
         )

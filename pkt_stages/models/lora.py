@@ -17,7 +17,7 @@ from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.recipe import Init
-from pkt_stages.models.sites import EMBEDDING, HEAD, SITES, projection_name
+from pkt_stages.models.sites import SITES, family
 
 _NAME = "default"  # PEFT's name of the only adapter
 _LEAD = "base_model.model."
@@ -42,9 +42,10 @@ class Lora:
     dropout: float
 
 
-def site_modules(num_layers: int) -> tuple[str, ...]:
-    """The modules of the four sites in every layer."""
-    return tuple(projection_name(layer, site) for layer in range(num_layers) for site in SITES)
+def site_modules(config: Any) -> tuple[str, ...]:
+    """The modules of the four sites in every layer; one that holds other weights as well is adapted whole."""
+    kind = family(config)
+    return tuple(kind.module(site, layer) for layer in range(config.num_hidden_layers) for site in SITES)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def check_sizes(model: Any, lora: Lora) -> None:
                 f"rank {lora.rank} is larger than a side of {name} {list(weight.shape)};"
                 f" use at most {min(weight.shape)}"
             )
-        if f"{name}.weight" in (EMBEDDING, HEAD) and model.config.tie_word_embeddings:
+        kind = family(model.config)
+        if name in (kind.module("embedding", 0), kind.module("head", 0)) and model.config.tie_word_embeddings:
             raise UserError(f"{name}: the target's embedding and head are one weight; leave both out of the sites")
 
 

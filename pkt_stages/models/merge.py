@@ -14,7 +14,7 @@ from torch import Tensor
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, DenseDelta
-from pkt_stages.models.sites import EMBEDDING, HEAD, as_rows, geometry, weight_name
+from pkt_stages.models.sites import as_rows, family, geometry
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -122,7 +122,9 @@ class _Part:
 
 def _parts(model: Module, change: Change, scale: float = 1.0) -> Iterator[_Part]:
     config: Any = model.config
-    tied = (EMBEDDING, HEAD) if config.tie_word_embeddings else ()
+    kind = family(config)
+    embedding, head = kind.weight("embedding", 0), kind.weight("head", 0)
+    tied = (embedding, head) if config.tie_word_embeddings else ()
     if isinstance(change, Adapter):
         for module in change.factors:
             if f"{module}.weight" in tied:
@@ -133,17 +135,17 @@ def _parts(model: Module, change: Change, scale: float = 1.0) -> Iterator[_Part]
             yield _whole(model, f"{module}.weight", "adapter", partial(change.delta, module), scale)
     elif isinstance(change, DenseDelta):
         for name in change.weights:
-            if name == HEAD and tied:
-                raise UserError(f"delta: {name} is {EMBEDDING} in the model, one weight; name it so, once")
+            if name == head and tied:
+                raise UserError(f"delta: {name} is {embedding} in the model, one weight; name it so, once")
             yield _whole(model, name, "delta", partial(change.weights.__getitem__, name), scale)
     else:
         sizes = geometry(config)
         for site, sparse in change.items():
             sparse.check(site, sizes)
             for pair, layer in enumerate(sparse.layers.tolist()):
-                name = weight_name(layer, site)
+                name = kind.weight(site, layer)
                 rows = as_rows(model.get_parameter(name).detach(), site)
-                index, added = sparse.per_weight_row(pair, site, sizes)
+                index, added = sparse.per_weight_row(pair, site, sizes, kind)
                 yield _Part(name, rows, index.to(rows.device), added.float, scale)
 
 

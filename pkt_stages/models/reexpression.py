@@ -2,7 +2,7 @@
 
 Every step leaves the function as it is, and can be left out but for those that the shape asks for:
 
-1. The gain of every norm is folded into the maps that read it.
+1. The gain of every norm is folded into the maps that read it, and multipliers into those that write.
 2. Residual basis: x' = x E, E the first d rows of a random orthogonal matrix [d', d']. What reads becomes W E, what
    writes E^T W. As |x'| = |x| but the mean square is over d' numbers, every norm gets the gain sqrt(d / d') and
    d / d' times its eps.
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from pkt_stages.core.transport import random_isometry
 from pkt_stages.errors import UserError
-from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
-from pkt_stages.models.sites import SHAPE, Geometry, module_name
+from pkt_stages.models.folding import PROJECTIONS, READS, WRITES, Folded
+from pkt_stages.models.sites import SHAPE, Geometry, family, module_name
 
 Filler = Literal["zero", "random"]
 
@@ -112,6 +112,18 @@ def reexpression(
     )
 
 
+def check_family(config: Any) -> None:
+    """Raise UserError for a family whose models cannot be written in another basis."""
+    kind = family(config)
+    if kind.after:
+        why = "a norm behind each block has gains, which no other basis of the residual stream keeps"
+    elif kind.gain_offset:
+        why = "what its embeddings are multiplied by depends on d_model"
+    else:
+        return
+    raise UserError(f"architecture {config.model_type!r} cannot be written again: {why}; use a model of another one")
+
+
 def _check(old: Geometry, new: Geometry) -> None:
     for name in SHAPE:
         if getattr(new, name) < getattr(old, name):
@@ -155,8 +167,8 @@ def _groups(old: Geometry, new: Geometry, layer: int, permute: bool, rotate: boo
 def weights(model: Folded, how: Reexpression) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model written again, by name, in the order of layers; float64."""
     basis, old, new = how.basis, how.old, how.new
-    at_input = (lambda w: w) if basis is None else (lambda w: w @ basis)
-    yield "model.embed_tokens.weight", at_input(model.stored("embedding"))
+    as_it_is = (lambda w: model.stored(w)) if basis is None else (lambda w: model.weight(w) @ basis)
+    yield "model.embed_tokens.weight", as_it_is("embedding")
     placed = dict(zip(how.layers, range(old.num_layers), strict=True))
     for place in range(new.num_layers):
         layer = placed.get(place)
@@ -171,7 +183,7 @@ def weights(model: Folded, how: Reexpression) -> Iterator[tuple[str, Tensor]]:
                 yield name.format(place), stored if layer is not None else torch.ones_like(stored)
     yield "model.norm.weight", _gain(model, how, "model.norm.weight")
     if basis is not None or not model.tied:
-        yield "lm_head.weight", at_input(model.stored("head") if basis is None else model.weight("head"))
+        yield "lm_head.weight", as_it_is("head")
 
 
 def _layer(model: Folded, how: Reexpression, place: int, layer: int | None) -> Iterator[tuple[str, Tensor]]:
@@ -183,8 +195,8 @@ def _layer(model: Folded, how: Reexpression, place: int, layer: int | None) -> I
             found = filler
         else:
             stored = model.stored(weight, layer) if how.basis is None else model.weight(weight, layer)
-            own = model.bias(weight, layer)
-            if weight in NORM_OF:
+            own = model.stored_bias(weight, layer) if how.basis is None else model.bias(weight, layer)
+            if weight in READS:
                 found = _rows(how, layer, weight, stored if how.basis is None else stored @ how.basis, filler)
                 if own is not None:
                     bias = _rows(how, layer, weight, own[:, None], bias[:, None])[:, 0]
@@ -234,7 +246,7 @@ def _columns(how: Reexpression, layer: int, weight: str, stored: Tensor, filler:
 def _filler(how: Reexpression, place: int, weight: str) -> Tensor:
     """A whole new projection of filler: what writes is zero; what reads is zero, or of unit size for a normed input."""
     shape = how.new.weight_shape(weight)
-    if how.filler == "zero" or weight in ("attn_o", "ffn_down"):
+    if how.filler == "zero" or weight in WRITES:
         return torch.zeros(shape, dtype=torch.float64)
     drawn = torch.randn(shape, generator=_generator(how.seed, "filler", place, weight), dtype=torch.float64)
     return drawn / how.new.d_model**0.5
@@ -265,12 +277,16 @@ def new_config(config: Any, how: Reexpression, tied: bool) -> Any:
     made.num_attention_heads, made.num_key_value_heads, made.head_dim = new.num_heads, new.num_kv_heads, new.d_head
     if how.basis is not None:
         made.rms_norm_eps = config.rms_norm_eps * how.old.d_model / new.d_model
+        kind = family(config)
+        for name in filter(None, (kind.multiplier, kind.logits_scaling, kind.embedding_scale)):
+            setattr(made, name, 1.0)  # they are in the weights now
     made.tie_word_embeddings = tied and how.basis is None
-    if getattr(config, "layer_types", None) is not None:
-        kinds = ["full_attention"] * new.num_layers
-        for place, kind in zip(how.layers, config.layer_types, strict=True):
-            kinds[place] = kind
-        made.layer_types = kinds
+    for name, filler in (("layer_types", "full_attention"), ("no_rope_layers", 1)):  # what a config says layer by layer
+        if getattr(config, name, None) is not None:
+            values = [filler] * new.num_layers
+            for place, value in zip(how.layers, getattr(config, name), strict=True):
+                values[place] = value
+            setattr(made, name, values)
     try:
         made.validate()
     except StrictDataclassError as error:

@@ -7,6 +7,7 @@ model together from the same weights, so that no stage can see others than the n
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -21,19 +22,18 @@ from pkt_stages import hub
 from pkt_stages.artifacts import DTYPES, FLOATS
 from pkt_stages.errors import UserError, shown
 from pkt_stages.models.load import ModelRef, load_config
-from pkt_stages.models.sites import EMBEDDING, HEAD, Geometry, as_rows, weight_name
-
-PREFIX = "model."  # of all weights but the head's
+from pkt_stages.models.sites import Geometry, as_rows, family
 
 
 class Checkpoint:
     """The weights of a model of a supported architecture, by the names that the model itself has for them.
 
     Files may have them without the prefix `model.` (saved from the bare model), or with one more (from a wrapper), as
-    transformers accepts it. Embedding and head that are one weight are read by either name.
+    transformers accepts it, and what transformers' class passes over is passed over. Embedding and head that are one
+    weight are read by either name.
 
     Attributes:
-        config: the model's.
+        config: the model's; `family` its architecture.
         model_class: transformers' class for it.
         weights: what is stored, by name, not read yet: safetensors' slices, or tensors of a pickled checkpoint.
     """
@@ -49,15 +49,19 @@ class Checkpoint:
         """
         self._ref, self.config = ref, load_config(ref)
         self.model_class, shapes = _described(ref, self.config)
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.family, self.tied = family(self.config), bool(self.config.tie_word_embeddings)
+        self._embedding, self._head = (self.family.weight(weight, 0) for weight in ("embedding", "head"))
+        # Buffers of old checkpoints, which are computed nowadays.
+        ignored = [r"\.inv_freq$", *(self.model_class._keys_to_ignore_on_load_unexpected or ())]
         self.weights: dict[str, Any] = {}
         self._files = weight_files(ref, pickled=pickled)
         self._renamed: list[str] = []
         for path in self._files:
             for stored, weight in (_unpickled(ref, path) if pickled else _slices(path)).items():
-                name = _model_name(stored, shapes)
-                if name.endswith(".inv_freq"):
-                    continue  # a buffer of old checkpoints, which is computed nowadays
+                plain = self._plain(stored)
+                name = _model_name(plain, shapes, f"{self.family.base}.")
+                if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
+                    continue
                 if name in self.weights:
                     raise UserError(f"{path}: weight {stored} stands twice in the checkpoint")
                 if _dtype(weight) not in FLOATS:
@@ -66,7 +70,7 @@ class Checkpoint:
                         f" {', '.join(FLOATS)}: quantised weights are not read, use the model that was quantised"
                     )
                 self.weights[name] = weight
-                if name != stored:
+                if name != plain:
                     self._renamed.append(stored)
         if self.tied:
             self._join_tied(shapes)
@@ -80,16 +84,23 @@ class Checkpoint:
         if odd:
             raise UserError(f"{ref.location}: not the weights that its config.json describes; it {min(odd)}")
 
+    def _plain(self, stored: str) -> str:
+        """A stored name as the model has it, where transformers calls weights otherwise on disk."""
+        return next(
+            (new + stored.removeprefix(old) for old, new in self.family.renamed.items() if stored.startswith(old)),
+            stored,
+        )
+
     def _join_tied(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Embedding and head are one: keep it by the embedding's name, whichever is stored."""
-        del shapes[HEAD]
-        head = self.weights.pop(HEAD, None)
-        embedding = self.weights.get(EMBEDDING)
+        del shapes[self._head]
+        head = self.weights.pop(self._head, None)
+        embedding = self.weights.get(self._embedding)
         if head is None:
             return
         if embedding is None:
-            self.weights[EMBEDDING] = head
-            self._renamed.append(HEAD)
+            self.weights[self._embedding] = head
+            self._renamed.append(self._head)
         elif _dtype(embedding) != _dtype(head) or not torch.equal(embedding[:], head[:]):
             raise UserError(
                 f"{self._ref.location}: its config.json says that embedding and head are one weight"
@@ -116,8 +127,8 @@ class Checkpoint:
 
     def neuron_rows(self, sizes: Geometry, layer: int, site: str, neurons: Tensor) -> Tensor:
         """The rows `[neuron, d_model]` of these neurons at a site, in the checkpoint's dtype."""
-        weight = self.weight(weight_name(layer, site))
-        return as_rows(weight, site)[sizes.weight_index(site, neurons)].contiguous()
+        places = self.family.stored_index(site, sizes.weight_index(site, neurons), sizes)
+        return as_rows(self.weight(self.family.weight(site, layer)), site)[places].contiguous()
 
     def names(self) -> list[str]:
         """The weights that are there, in alphabetical order."""
@@ -129,7 +140,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint has no such weight.
         """
-        name = EMBEDDING if name == HEAD and self.tied else name
+        name = self._embedding if name == self._head and self.tied else name
         if name not in self.weights:
             raise UserError(f"{self._ref.location}: has no weight {name}")
         tensor: Tensor = self.weights[name][:]
@@ -218,10 +229,10 @@ def _described(ref: ModelRef, config: Any) -> tuple[Any, dict[str, tuple[int, ..
     return type(model), {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
-def _model_name(stored: str, shapes: Mapping[str, Any]) -> str:
-    """The model's name of what a file calls so: as it is, with `model.` before it, or with one less."""
-    shorter = stored.removeprefix(PREFIX)
-    return next((name for name in (stored, PREFIX + stored, shorter) if name in shapes), stored)
+def _model_name(stored: str, shapes: Mapping[str, Any], prefix: str) -> str:
+    """The model's name of what a file calls so: as it is, with the prefix (`model.`) before it, or with one less."""
+    shorter = stored.removeprefix(prefix)
+    return next((name for name in (stored, prefix + stored, shorter) if name in shapes), stored)
 
 
 def _slices(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pkt_stages.parallel import Group
 from pkt_stages.progress import track
 from pkt_stages.scratch import Seldom, Shards
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\w+\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@
 | attn_v   | self_attn.v_proj [n_kv*d_head, d]  | row       |
 | attn_o   | self_attn.o_proj [d, n_heads*d_head] | column  |
 
-With grouped-query attention several attention neurons read one v_proj row; `weight_index` says which.
+With grouped-query attention several attention neurons read one v_proj row; `weight_index` says which. Names and shapes
+are Llama's; `FAMILIES` says what other architectures do differently.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,41 +25,177 @@ if TYPE_CHECKING:
 SITES = ("ffn_up", "ffn_down", "attn_v", "attn_o")
 SUBLAYER_OF_SITE = {"ffn_up": "ffn", "ffn_down": "ffn", "attn_v": "attn", "attn_o": "attn"}
 
-_PROJECTION = {
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_o": "self_attn.o_proj",
-}
 # What Seeking's own repository moves beside the four sites; the last two are not of a layer.
 OTHER_WEIGHTS = ("ffn_gate", "attn_q", "attn_k", "embedding", "head")
-_OTHER_MODULE = {
-    "ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "attn_q": "model.layers.{}.self_attn.q_proj",
-    "attn_k": "model.layers.{}.self_attn.k_proj",
-    "embedding": "model.embed_tokens",
-    "head": "lm_head",
-}
-EMBEDDING, HEAD = (f"{_OTHER_MODULE[weight]}.weight" for weight in ("embedding", "head"))  # one weight if they are tied
 _STORED_AS_COLUMNS = frozenset({"ffn_down", "attn_o"})
 
-# Residual stream h + attention(norm(h)), then + gated FFN(norm(.)), RMS norm with a plain scale, linear head.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_ATTENTION = {f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkvo"}
+_FEED_FORWARD = {weight: module.replace("mlp", "feed_forward") for weight, module in _MLP.items()}
+# Weights of one matrix stand in its order.
+_FUSED_MLP = {"ffn_gate": "mlp.gate_up_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+_FUSED_ATTENTION = dict.fromkeys(("attn_q", "attn_k", "attn_v"), "self_attn.qkv_proj") | {"attn_o": "self_attn.o_proj"}
+_NEOX = dict.fromkeys(("attn_q", "attn_k", "attn_v"), "attention.query_key_value") | {
+    "attn_o": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_PRE_NORMS = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
+_GEMMA_PRE_NORMS = {"attn": "input_layernorm", "ffn": "pre_feedforward_layernorm"}
+_POST_NORMS = {"attn": "post_attention_layernorm", "ffn": "post_feedforward_layernorm"}
+_MOE = "its FFN is a mixture of experts: which neurons a layer has depends on the token"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one architecture name and store their weights, and how they add their blocks.
+
+    A layer adds to the residual stream h, one after the other or, where `parallel` says so, from the same h,
+
+        multiplier * after(block(before(h))),   block: attention, FFN
+
+    and logits are W_U norm(h) / logits_scaling, or c tanh(. / c) of that. What is not said here changes no neuron's
+    contribution: norms and RoPE of q and k, attention's softcap, scale and window.
+
+    Attributes:
+        base: the model below the head.
+        norm, embedding: its final norm and its embedding.
+        modules: by weight, its module inside a layer; without `ffn_gate` the FFN has no gate.
+        fused: q, k and v, and gate and up, are one matrix each: one below the other (`stacked`), or q, k and v of each
+            head (`by_head`). None: every weight is a matrix of its own.
+        before, after: norms in front of and behind the blocks, by sublayer.
+        gain_offset: what a norm adds to its weight.
+        centred: norms subtract the mean and add a bias (LayerNorm); else RMS norm.
+        parallel: the config's name for whether both blocks read the same stream.
+        multiplier, logits_scaling, logits_softcap, eps, d_ff: the config's names of these.
+        embedding_scale: the config's name of what embeddings are multiplied by; `sqrt` is the square root of d_model.
+        attention_softcap: the config's name of that of attention, which torch's own attention passes over.
+        renamed: beginnings of names in checkpoints, and what they are in the model.
+        never: settings that may not be set, with the reason.
+    """
+
+    base: str = "model"
+    norm: str = "norm"
+    embedding_name: str = "embed_tokens"
+    modules: Mapping[str, str] = field(default_factory=lambda: _MLP | _ATTENTION)
+    fused: Literal["stacked", "by_head"] | None = None
+    before: Mapping[str, str] = field(default_factory=lambda: _PRE_NORMS)
+    after: Mapping[str, str] = field(default_factory=dict)
+    gain_offset: float = 0.0
+    centred: bool = False
+    parallel: str | None = None
+    multiplier: str | None = None
+    logits_scaling: str | None = None
+    logits_softcap: str | None = None
+    embedding_scale: str | None = None
+    eps: str = "rms_norm_eps"
+    d_ff: str = "intermediate_size"
+    attention_softcap: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    never: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.base}.{self.embedding_name}"
+
+    @property
+    def final_norm(self) -> str:
+        return f"{self.base}.{self.norm}"
+
+    def layer(self, number: int) -> str:
+        """A layer's module."""
+        return f"{self.base}.layers.{number}"
+
+    def block(self, sublayer: str, layer: int) -> str:
+        """The module of a sublayer: attention (`attn`) or FFN (`ffn`)."""
+        inside = self.modules["attn_o" if sublayer == "attn" else "ffn_down"].partition(".")[0]
+        return f"{self.layer(layer)}.{inside}"
+
+    def norm_behind(self, sublayer: str, layer: int) -> str | None:
+        """The norm behind a block, None if there is none."""
+        return f"{self.layer(layer)}.{self.after[sublayer]}" if self.after else None
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """What a norm multiplies by, from its weight."""
+        return weight + self.gain_offset if self.gain_offset else weight
+
+    def module(self, weight: str, layer: int) -> str:
+        """The module that holds a site's or another weight, alone or with others; embedding and head have no layer."""
+        if weight == "head":
+            return "lm_head"
+        return self.embedding if weight == "embedding" else f"{self.layer(layer)}.{self.modules[weight]}"
+
+    def weight(self, weight: str, layer: int) -> str:
+        """The checkpoint's name of it."""
+        return f"{self.module(weight, layer)}.weight"
+
+    def stored_index(self, weight: str, index: Tensor, sizes: Geometry) -> Tensor:
+        """Where rows (or columns) of a weight lie in the matrix that holds it."""
+        shared = [other for other, module in self.modules.items() if module == self.modules[weight]]
+        if len(shared) == 1:
+            return index
+        if self.fused == "by_head":
+            return (index // sizes.d_head * len(shared) + shared.index(weight)) * sizes.d_head + index % sizes.d_head
+        return index + sum(sizes.weight_shape(other)[0] for other in shared[: shared.index(weight)])
+
+    def whole_matrices(self) -> str | None:
+        """Why what moves whole matrices does not take such a model; None if it does."""
+        if self.fused is not None:
+            return "it keeps several weights in one matrix"
+        return None if self.modules == _LLAMA.modules else "its weights have other names than Llama's"
+
+    def foldable(self) -> str | None:
+        """Why the gains of its norms cannot be folded into the weights behind them; None if they can."""
+        if self.centred:
+            return "its norms subtract the mean"
+        return None if self.before else "its blocks read the residual stream without a norm in front of them"
+
+
+_GEMMA = Family(gain_offset=1.0, embedding_scale="sqrt")
+_GEMMA_3 = replace(
+    _GEMMA,
+    before=_GEMMA_PRE_NORMS,
+    after=_POST_NORMS,
+    logits_softcap="final_logit_softcapping",
+    never={"use_bidirectional_attention": "its tokens see those behind them"},
+)
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "smollm3": Family(),
+    "granite": Family(
+        multiplier="residual_multiplier", logits_scaling="logits_scaling", embedding_scale="embedding_multiplier"
+    ),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA_3, attention_softcap="attn_logit_softcapping"),
+    "gemma3_text": _GEMMA_3,
+    "olmo2": Family(before={}, after=_POST_NORMS),
+    "phi3": Family(modules=_FUSED_MLP | _FUSED_ATTENTION, fused="stacked"),
+    "gpt_neox": Family(
+        base="gpt_neox",
+        norm="final_layer_norm",
+        embedding_name="embed_in",
+        modules=_NEOX,
+        fused="by_head",
+        centred=True,
+        parallel="use_parallel_residual",
+        eps="layer_norm_eps",
+        renamed={"embed_out.": "lm_head."},
+    ),
+    "llama4_text": Family(modules=_FEED_FORWARD | _ATTENTION, d_ff="intermediate_size_mlp", never={"moe_layers": _MOE}),
+}
+SUPPORTED = tuple(FAMILIES)
+_LLAMA = FAMILIES["llama"]
+EMBEDDING, HEAD = (f"{_LLAMA.module(weight, 0)}.weight" for weight in ("embedding", "head"))  # one weight if tied
 _REFUSED = {
-    "gemma": "its norms scale by 1 + weight",
-    "gemma2": "it normalises each block's output before adding it to the residual stream",
-    "gemma3": "it normalises each block's output before adding it to the residual stream",
-    "gemma3_text": "it normalises each block's output before adding it to the residual stream",
-    "olmo2": "it normalises each block's output before adding it to the residual stream",
-    "mixtral": "its FFN is a mixture of experts",
-    "qwen2_moe": "its FFN is a mixture of experts",
-    "qwen3_moe": "its FFN is a mixture of experts",
-    "gpt2": "its FFN has no gate and its norms subtract the mean",
-    "gpt_neox": "its FFN has no gate and its norms subtract the mean",
-    "opt": "its FFN has no gate and its norms subtract the mean",
-    "phi": "its FFN has no gate and its blocks run in parallel",
-    "phi3": "it stores up and gate as one matrix",
-    "granite": "it multiplies each block's output before adding it to the residual stream",
+    "gemma3": "it takes images; save its language model alone (Gemma3ForCausalLM)",
+    "llama4": f"it takes images, and {_MOE}",
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3"), _MOE),
+    "gpt2": "its weights are stored transposed and its positions are embedded",
+    "opt": "its positions are embedded and its FFN has no gate",
+    "phi": "its head has a bias and its FFN has no gate",
 }
 
 
@@ -109,46 +247,82 @@ class Geometry:
         return (neurons // self.d_head // group) * self.d_head + neurons % self.d_head
 
 
-def geometry(config: Any) -> Geometry:
-    """Read the sizes from a Hugging Face config and refuse what the maths does not cover.
+def family(config: Any) -> Family:
+    """What a config's architecture is like.
 
     Raises:
-        UserError: the architecture is not one of `SUPPORTED`, by name and with the reason.
+        UserError: the architecture is not one of `SUPPORTED`, or a setting is not covered, by name and with the reason.
     """
     kind = getattr(config, "model_type", "unknown")
-    if kind not in SUPPORTED:
+    if kind not in FAMILIES:
         raise UserError(
             f"architecture {kind!r} is not supported: {_REFUSED.get(kind, 'its residual arithmetic was not checked')};"
             f" supported are {', '.join(SUPPORTED)}"
         )
+    found = FAMILIES[kind]
+    for name, reason in found.never.items():
+        if value := getattr(config, name, None):
+            raise UserError(f"config: {name} {shown(value)} of architecture {kind!r} is not supported: {reason}")
+    return found
+
+
+def setting(config: Any, name: str | None) -> float:
+    """A number of a config; 1 for a family without such a setting (None)."""
+    return float(getattr(config, name)) if name is not None else 1.0
+
+
+def in_parallel(config: Any) -> bool:
+    """Whether attention and FFN of a layer read the same stream."""
+    name = family(config).parallel
+    return name is not None and bool(getattr(config, name))
+
+
+def geometry(config: Any) -> Geometry:
+    """Read the sizes from a Hugging Face config and refuse what the maths does not cover.
+
+    Raises:
+        UserError: as `family`; heads that cannot be shared evenly.
+    """
+    found = family(config)
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     if num_heads % num_kv_heads:
         raise UserError(f"config: {num_heads} heads cannot share {num_kv_heads} key/value heads evenly")
+    own_width = None if found.fused == "by_head" else getattr(config, "head_dim", None)
     return Geometry(
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
-        d_ff=config.intermediate_size,
+        d_ff=getattr(config, found.d_ff),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        d_head=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        d_head=own_width or config.hidden_size // num_heads,
         vocab_size=config.vocab_size,
     )
 
 
+def check_whole_matrices(config: Any, what: str) -> None:
+    """Raise UserError unless each weight is a matrix of its own with Llama's name, as what moves matrices takes them.
+
+    Args:
+        what: that moves them.
+    """
+    if reason := family(config).whole_matrices():
+        raise UserError(f"architecture {config.model_type!r}: {what} moves whole matrices, and {reason}")
+
+
 def projection_name(layer: int, site: str) -> str:
-    """The linear module that holds a site's neurons, as named in the model."""
-    return f"model.layers.{layer}.{_PROJECTION[site]}"
+    """The linear module that holds a site's neurons, as Llama names it."""
+    return _LLAMA.module(site, layer)
 
 
 def module_name(weight: str, layer: int) -> str:
-    """The module that holds a site's or another weight (`OTHER_WEIGHTS`); embedding and head ignore the layer."""
-    return projection_name(layer, weight) if weight in SITES else _OTHER_MODULE[weight].format(layer)
+    """The module of a site's or another weight (`OTHER_WEIGHTS`) as Llama names it; see `check_whole_matrices`."""
+    return _LLAMA.module(weight, layer)
 
 
 def weight_name(layer: int, site: str) -> str:
-    """The checkpoint's name of a site's weight."""
-    return projection_name(layer, site) + ".weight"
+    """Llama's name of a site's weight in the checkpoint."""
+    return _LLAMA.weight(site, layer)
 
 
 def as_rows(weight: Tensor, site: str) -> Tensor:

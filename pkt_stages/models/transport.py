@@ -2,7 +2,8 @@
 
 Both models' norm gains are folded into the weights behind them, as weights of x / |x|: W * gain * sqrt(d). So an
 orthogonal map of the residual stream commutes with the norms, whatever the widths, and the change that comes out is
-divided by the target's own gain again.
+divided by the target's own gain again, as it is by what stands behind weights that write to the stream (a multiplier, a
+norm's gain). What a norm behind a block divides by is left out: it is the token's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import NORM_OF, PROJECTIONS, Folded
+from pkt_stages.models.folding import PROJECTIONS, READS, Folded
 from pkt_stages.models.load import ModelRef, identity
 from pkt_stages.models.sites import Geometry, module_name
 from pkt_stages.params import option
@@ -91,10 +92,10 @@ class Models:
     fold: bool = True
 
     def change(self, weight: str, layer: int = 0) -> Tensor:
-        """What training added to a weight of the source, [out, in]; folded where it reads the residual stream."""
+        """What training added to a weight of the source, [out, in]; folded, as one of x / |x| where it reads."""
         if not self.fold:
             return self.tuned.stored(weight, layer) - self.base.stored(weight, layer)
-        scale = self.base.sizes.d_model**0.5 if weight in NORM_OF else 1.0
+        scale = self.base.sizes.d_model**0.5 if weight in READS else 1.0
         return (self.tuned.weight(weight, layer) - self.base.weight(weight, layer)) * scale
 
     def gain_change(self, weight: str, layer: int) -> Tensor:
@@ -103,14 +104,22 @@ class Models:
 
     def bias_change(self, weight: str, layer: int) -> Tensor | None:
         """The same of a projection's bias [out]; None if either model has none."""
-        found = [model.bias(weight, layer) for model in (self.tuned, self.base)]
-        if found[0] is None or found[1] is None or self.target.bias(weight, 0) is None:
+        found = [self.bias_of(model, weight, layer) for model in (self.tuned, self.base)]
+        if found[0] is None or found[1] is None or self.target.stored_bias(weight, 0) is None:
             return None
         return found[0] - found[1]
 
+    def bias_of(self, model: Folded, weight: str, layer: int) -> Tensor | None:
+        """A projection's bias [out] of one of the models; folded, unless changes are of the weights as they are."""
+        return model.bias(weight, layer) if self.fold else model.stored_bias(weight, layer)
+
     def as_stored(self, weight: str, layer: int, change: Tensor) -> Tensor:
-        """A change of a folded weight of the target as one of the weight that it stores."""
-        if weight not in NORM_OF or not self.fold:
+        """A change of a folded weight [out, in] or bias [out] of the target as one of what it stores."""
+        if not self.fold:
+            return change
+        written = self.target.written(weight, layer)
+        change = change / (written[:, None] if written.ndim and change.ndim == 2 else written)
+        if weight not in READS or change.ndim == 1:
             return change
         return change / (self.target.gain(weight, layer) * self.target.sizes.d_model**0.5)
 
@@ -209,18 +218,19 @@ def transported(
             module = module_name(weight, pair[1])
             weights[f"{module}.weight"] = models.as_stored(weight, pair[1], change).float()
             if (bias := models.bias_change(weight, pair[0])) is not None:
-                weights[f"{module}.bias"] = _rows(bias[:, None], output)[:, 0].float()
+                moved = _rows(bias[:, None], output)[:, 0]
+                weights[f"{module}.bias"] = models.as_stored(weight, pair[1], moved).float()
         if not models.fold:
             for weight in ("attn_q", "ffn_gate"):
                 gain = _rows(models.gain_change(weight, pair[0])[:, None], maps.input[weight])[:, 0]
-                weights[f"{NORM_OF[weight].format(pair[1])}.weight"] = gain.float()
+                weights[f"{models.target.norm(weight, pair[1])}.weight"] = gain.float()
     if residual is not None:
         for weight in VOCABULARY:
             change = carried(models.change(weight), None, residual)
             weights[f"{module_name(weight, 0)}.weight"] = models.as_stored(weight, 0, change).float()
         if not models.fold:
             gain = _rows(models.gain_change("head", 0)[:, None], residual)[:, 0]
-            weights[f"{NORM_OF['head']}.weight"] = gain.float()
+            weights[f"{models.target.norm('head', 0)}.weight"] = gain.float()
     return DenseDelta(weights), ranks
 
 
@@ -233,7 +243,7 @@ def at_input(models: Models, sums: PairSums, name: str, pair: Pair, *, grams: bo
     weight = "head" if name == FINAL else INPUTS[name]
     cross, totals = sums.cross(name), sums.sums(name)
     own = sums.grams(name) if grams else None
-    if weight in NORM_OF and models.fold:
+    if weight in READS and models.fold:
         gains = [model.gain(weight, layer) for model, layer in zip((models.base, models.target), pair, strict=True)]
         cross = cross / torch.outer(*gains)
         totals = (totals[0] / gains[0], totals[1] / gains[1])
@@ -246,7 +256,7 @@ def at_output(models: Models, inputs: Sides, weight: str, pair: Pair) -> Sides:
     """The same of a projection's output: it is linear in its input."""
     both = list(zip((models.base, models.target), pair, strict=True))
     first, second = (m.weight(weight, n) if models.fold else m.stored(weight, n) for m, n in both)
-    biases = [m.bias(weight, n) for m, n in both]
+    biases = [models.bias_of(m, weight, n) for m, n in both]
     b, c = (x if x is not None else torch.zeros(len(w)).double() for x, w in zip(biases, (first, second), strict=True))
     n, (s, t) = inputs.count, inputs.sums
     grams = None

@@ -140,7 +140,8 @@ def correlate(
 ) -> None:
     """Sum up what two models compute on the same texts, layer pair by layer pair: the ground of every transport."""
     from pkt_stages.models.correlation import LIST, write_pair
-    from pkt_stages.models.load import identity, load_model, resolve
+    from pkt_stages.models.folding import check_foldable
+    from pkt_stages.models.load import identity, load_config, load_model, resolve
     from pkt_stages.models.texts import same_tokens
 
     watch = Stopwatch()
@@ -152,6 +153,8 @@ def correlate(
         )
     refs = [resolve(source), resolve(target)]
     chosen = selected_pairs(attribution) if attribution is not None else None
+    for ref in refs:
+        check_foldable(load_config(ref))
     _check_layers(chosen, refs)
     batches = same_tokens(refs, texts, params.num_texts, params.max_tokens, params.batch_size)
     models = [load_model(ref, dtype=params.dtype, device=device) for ref in refs]

@@ -66,7 +66,7 @@ def run(job: Job[DistillParams], place: Place, source: ModelRef, target: ModelRe
     num_tokens = distillation.check_vocabularies(load.load_tokenizer(source), tokenizer)
     if params.objective == "gkd":
         distillation.check_lengths(job.examples, params.max_new_tokens, config.max_position_embeddings)
-    modules = lora.site_modules(config.num_hidden_layers)
+    modules = lora.site_modules(config)
     sizes = lora.Lora(modules, params.rank, params.alpha, params.dropout)
 
     @functools.cache

@@ -65,7 +65,7 @@ def run(
     from pkt_stages.models import load, lora, train_set, training
 
     params, config = job.params, load.load_config(target)
-    modules = tuple(submatrices) or lora.site_modules(config.num_hidden_layers)
+    modules = tuple(submatrices) or lora.site_modules(config)
     sizes = lora.Lora(modules, params.rank, params.alpha, params.dropout)
 
     def start() -> lora.Start:

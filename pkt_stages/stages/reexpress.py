@@ -80,12 +80,13 @@ def reexpress(
     """
     from pkt_stages.models.folding import Folded
     from pkt_stages.models.load import identity, load_config, resolve, save_beside
-    from pkt_stages.models.reexpression import new_config, weights
+    from pkt_stages.models.reexpression import check_family, new_config, weights
     from pkt_stages.models.sites import geometry
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, MARK)
     ref = resolve(model)
+    check_family(load_config(ref))
     folded = Folded(ref)
     sizes = geometry(load_config(resolve(like))) if like is not None else folded.sizes
     how = run(folded, params, sizes)

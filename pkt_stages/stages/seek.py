@@ -76,13 +76,15 @@ def seek(
     from pkt_stages.models import load
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.sensitivity import resumed
-    from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, geometry, module_name
+    from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, check_whole_matrices, geometry, module_name
     from pkt_stages.models.submatrices import check_sizes, other_block
 
     watch = Stopwatch()
     refs = {"source": load.resolve(source), "target": load.resolve(target)}
     configs = {side: load.load_config(ref) for side, ref in refs.items()}
     sizes = {side: geometry(config) for side, config in configs.items()}
+    for config in configs.values():
+        check_whole_matrices(config, "Seeking")
     weights = [*SITES, *(OTHER_WEIGHTS if params.sites == "all" else ())]
     if params.sites == "all" and any(config.tie_word_embeddings for config in configs.values()):
         raise UserError("sites all: embedding and head are one weight in one of the models; use sites paper")

@@ -180,7 +180,8 @@ def check_top(scores: torch.Tensor, reference: torch.Tensor, layers: torch.Tenso
 def float64_scores(model: torch.nn.Module, located: list[Located], norm: str) -> dict[str, list[torch.Tensor]]:
     """The definition, in float64, from what the hooks kept."""
     sizes = geometry(model.config)
-    unembedding, eps = lens(model)
+    own = lens(model)
+    unembedding, eps = own.unembedding, own.eps
     scores: dict[str, list[torch.Tensor]] = {"ffn": [], "attn": []}
     contexts = [item.context for item in located]
     assert sorted(batches(contexts)[0]) == [0, 1, 2]

@@ -46,7 +46,8 @@ def test_capture_leaves_no_hook_and_the_attention_as_it_was(target_folder: Path)
 def test_lens_at_the_last_layer_is_the_models_own_distribution(target_folder: Path) -> None:
     model = load_model(ModelRef(str(target_folder)))
     kept = capture(model, [0, 9, 8, 7])
-    unembedding, eps = lens(model)
+    own = lens(model)
+    unembedding, eps = own.unembedding, own.eps
     log_p = core.log_probabilities(unembedding, kept.final[None], core.lens_divisor(kept.final[None], eps, "rms"))
     logits = model(torch.tensor([[0, 9, 8, 7]])).logits[0, -1]
     assert torch.allclose(log_p[0], logits.double().log_softmax(-1), atol=1e-5)
