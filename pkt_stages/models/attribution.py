@@ -113,16 +113,19 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
     before = examples.stacked("layer_input", layer)
     between = before + examples.stacked("attn_output", layer)
     # Where both blocks read the same stream, both neurons' bases are that stream.
-    ffn_base = before if in_parallel(examples.model.config) else between
-    bases = {"attn": before, "ffn": ffn_base}
-    after = {"attn": between, "ffn": ffn_base + examples.stacked("ffn_output", layer)}
-    made = {}
+    parallel = in_parallel(examples.model.config)
+    bases = {"attn": before, "ffn": before if parallel else between}
+    after = bases["ffn"] + examples.stacked("ffn_output", layer)
+    p_before, p_between, p_after = map(examples.log_p, (before, between, after))
+    log_p = {"attn": p_before, "ffn": p_before if parallel else p_between}
+    made = {
+        "attn_gain": core.block_gain(p_before, p_between, token),
+        "ffn_gain": core.block_gain(log_p["ffn"], p_after, token),
+    }
     for sublayer, names in (
         ("attn", [COEFFICIENTS[kind] for kind in examples.coefficients]),
         ("ffn", ["ffn_coefficients"]),
     ):
-        base = examples.log_p(bases[sublayer])
-        made[f"{sublayer}_gain"] = core.block_gain(base, examples.log_p(after[sublayer]), token)
         vectors = _subvalues(examples, layer, sublayer)
         scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
         c = torch.stack(scaled)
@@ -131,7 +134,7 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
             found = core.capped_neuron_scores(vectors, unembedding, logits, c, token, softcap)
         else:
             found = core.neuron_scores(
-                vectors, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
+                vectors, examples.centred, log_p[sublayer], c, token, tolerance=tolerance, fused=examples.fused
             )
         made[sublayer] = found.values
         made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])
@@ -191,17 +194,18 @@ def _best_neurons(
     name = "ffn_coefficients" if sublayer == "ffn" else COEFFICIENTS[examples.coefficients[0]]
     count = min(num_neurons, scores[0].numel())
     ranked = scores.flatten(1).to(examples.centred.device).sort(descending=True, stable=True).indices
-    best = ranked[:, :count].cpu()
+    best = ranked[:, :count]
     where = torch.stack([best // scores.shape[-1], best % scores.shape[-1]], dim=-1)
-    tokens = []
-    for captured, pairs in zip(examples.captured, where.tolist(), strict=True):
-        vectors = [
-            _subvalues(examples, layer, sublayer, neuron) * getattr(captured, name)[layer, neuron]
-            for layer, neuron in pairs
-        ]
-        found = core.lens_tokens(torch.stack(vectors), examples.centred, min(num_tokens, len(examples.centred)))
-        tokens.append(found)
-    return where, torch.stack(tokens)
+    # Which tokens a neuron raises depends on the sign of its coefficient alone: once for all examples that share it.
+    coefficients = torch.stack([getattr(captured, name).flatten() for captured in examples.captured])
+    signs = coefficients.gather(1, best).sign().long()
+    distinct, own = torch.cat([where, signs[..., None]], dim=-1).flatten(0, 1).unique(dim=0, return_inverse=True)
+    vectors = []
+    for layer in distinct[:, 0].unique().tolist():
+        neurons, sign = distinct[distinct[:, 0] == layer, 1:].T
+        vectors.append(_subvalues(examples, layer, sublayer, neurons) * sign[:, None])
+    tokens = core.lens_tokens(torch.cat(vectors), examples.centred, min(num_tokens, len(examples.centred)))
+    return where.cpu(), tokens[own].unflatten(0, best.shape)
 
 
 def _subvalues(examples: Examples, layer: int, sublayer: str, neurons: Any = slice(None)) -> Tensor:
