@@ -20,6 +20,7 @@ import typer
 from torch import Tensor
 
 from pkt_stages.core.similarity import CkaSums, centred_gram, minibatches
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.features import features
 from pkt_stages.models.sites import SITES
 
@@ -71,7 +72,7 @@ def measure(models: Sequence[Any], *, texts: int, tokens: int, micro_batch: int,
     ids = torch.randint(models[0].config.vocab_size, (texts, tokens), generator=draw).tolist()
     # The first passes allocate; they are not measured.
     for model in models:
-        features(model, ids[:micro_batch], tokens="mean", micro_batch_size=micro_batch)
+        features(model, Batch(ids[:micro_batch]), tokens="mean", micro_batch_size=micro_batch)
 
     start = clock(device)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def measure(models: Sequence[Any], *, texts: int, tokens: int, micro_batch: int,
     forward = clock(device) - start
 
     start = clock(device)
-    found = [features(model, ids, tokens="mean", micro_batch_size=micro_batch) for model in models]
+    found = [features(model, Batch(ids), tokens="mean", micro_batch_size=micro_batch) for model in models]
     captured = clock(device) - start
     start, maps = clock(device), {}
     for site in SITES:

@@ -202,7 +202,7 @@ class Attribution:
     def _definition(self) -> float:
         """Seconds of a softmax per neuron and example, from one example and FFN, for all neurons and examples."""
         subvalues, residual, c = self._ffn()
-        u, divisor = self.plain.unembedding, self.plain.divisor[0]
+        u, divisor = self.plain.lens.unembedding, self.plain.divisor[0]
 
         def one() -> None:
             for part in torch.arange(len(subvalues), device=c.device).split(4096):
@@ -217,7 +217,7 @@ class Attribution:
         some = torch.arange(0, len(subvalues), max(1, len(subvalues) // 64), device=c.device)
         exact = core.plain_neuron_scores(
             subvalues[some].double(),
-            self.plain.unembedding.double(),
+            self.plain.lens.unembedding.double(),
             residual.double(),
             self.plain.divisor.double(),
             c[None][..., some].double(),

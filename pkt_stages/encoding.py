@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ Labels = Literal["answer", "all", "reference_code"]
 
 # The authors strip `. " space ) newline , ]` and take the last token; a closing code fence is no answer either.
 NOT_USEFUL = '. ")\n,]`'
+# Letters, digits and underscores; else what there is of other signs.
+_LAST_WORD = re.compile(r"(\w+|[^\w\s]+)$")
+Cut = Literal["token", "word"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         text: a `Prompt`, whose template's control tokens count, or any other text, which has none.
 
     Raises:
+        UserError: as `tokens_at`.
+    """
+    ids, spans = tokens_at(tokenizer, text)
+    return ids, [start for start, _ in spans]
+
+
+Spans = list[tuple[int, int]]
+
+
+def tokens_at(tokenizer: Any, text: str) -> tuple[list[int], Spans]:
+    """As `tokenize`, with the characters from .. to of `text` that each token is made of; (0, 0) for BOS.
+
+    A character of several tokens is all of theirs.
+
+    Raises:
         UserError: the tokenizer cannot say where tokens start, or makes a control token of text.
     """
     if not tokenizer.is_fast:
@@ -80,10 +99,7 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         # Some tokenizers append EOS among their special tokens; an answer's end is not known to them.
         if ids and ids[-1] == tokenizer.eos_token_id and spans[-1] == (0, 0):
             ids, spans = ids[:-1], spans[:-1]
-    return ids, [start for start, _ in spans]
-
-
-Spans = list[tuple[int, int]]
+    return ids, spans
 
 
 def _as_it_is(tokenizer: Any, prompt: Prompt, special: bool) -> tuple[list[int], Spans]:
@@ -168,20 +184,31 @@ def encode(
     return Encoded(ids, [-100] * hidden + ids[hidden:])
 
 
-def locate(tokenizer: Any, example: Example, *, template: Template, max_length: int) -> Located:
+def locate(tokenizer: Any, example: Example, *, template: Template, max_length: int, cut: Cut = "token") -> Located:
     """Cut an example before its last useful token (appendix A.2): what follows the answer's last word is dropped.
+
+    Args:
+        cut: `word` cuts before the first token of the last useful word instead, which begins at the same character for
+            every tokenizer.
 
     Raises:
         UserError: the answer holds no useful token, or the context is longer than `max_length` tokens.
     """
     prompt = render_prompt(tokenizer, template, example.prompt)
     answer = example.answer.rstrip(NOT_USEFUL + "\r\t")
-    ids, starts = tokenize(tokenizer, prompt + answer)
-    if not answer.strip() or first_token_from(starts, len(prompt)) >= len(ids):
+    ids, spans = tokens_at(tokenizer, prompt + answer)
+    first = first_token_from([start for start, _ in spans], len(prompt))
+    if not answer.strip() or first >= len(ids):
         raise UserError(f"example {example.id}: its answer {example.answer[:40]!r} holds no useful token")
-    if len(ids) - 1 > max_length:
-        raise UserError(f"example {example.id}: {len(ids) - 1} tokens of context, the model takes {max_length}")
-    return Located(ids[:-1], ids[-1])
+    place = len(ids) - 1
+    if cut == "word":
+        word = _LAST_WORD.search(answer.rstrip())
+        assert word is not None  # it is not empty
+        begins = len(prompt) + word.start()
+        place = next(i for i, (_, end) in enumerate(spans) if end > begins)
+    if place > max_length:
+        raise UserError(f"example {example.id}: {place} tokens of context, the model takes {max_length}")
+    return Located(ids[:place], ids[place])
 
 
 def first_token_from(starts: list[int], place: int) -> int:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from pkt_stages.core.transport import centred, polar, random_isometry, ridge
 from pkt_stages.errors import UserError
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import Correlation, Pair, activations, forward
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.load import identity, load_config, load_model
 from pkt_stages.models.sites import family, module_name, setting
-from pkt_stages.models.texts import same_tokens
+from pkt_stages.models.texts import paired_minibatches
 from pkt_stages.models.transport import MapParams
 from pkt_stages.options import DType
 from pkt_stages.params import option
@@ -70,7 +71,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
 
     Raises:
         UserError: other inputs than --target, --source, --base, --correlation and --texts; models that are not those
-            of the correlation, a target with norms behind its blocks, or tokenizers that divide the texts differently.
+            of the correlation, a target with norms behind its blocks, or tokenizers whose tokens cannot be paired.
     """
     target, source, base, folder, texts = inputs.only("target", "source", "base", "correlation", "texts")
     found, named = Correlation(folder), [identity(ref) for ref in (base, source, target)]
@@ -83,8 +84,8 @@ def derive(inputs: Inputs, params: Params) -> Derived:
             " another target, or another transport"
         )
     how = params.num_texts, params.max_tokens, params.batch_size
-    batches = same_tokens([base, source, target], texts, *how)
-    num_tokens = sum(len(ids) for batch in batches for ids in batch)
+    batches = paired_minibatches([base, source, target], texts, *how)
+    num_tokens = sum(int(batch[0].samples().sum()) for batch in batches)
     models = [load_model(ref, dtype=params.dtype, device=inputs.device) for ref in (base, source, target)]
     generators = [torch.Generator().manual_seed(seed) for seed in (params.seeds if params.maps == "random" else [0])]
     changes: list[dict[str, Tensor]] = [{} for _ in generators]
@@ -114,12 +115,12 @@ def derive(inputs: Inputs, params: Params) -> Derived:
 
 @torch.no_grad()
 def summed(
-    models: Sequence[Any], batches: Sequence[Sequence[list[int]]], some: Sequence[Pair], every: Sequence[Pair]
+    models: Sequence[Any], batches: Sequence[Sequence[Batch]], some: Sequence[Pair], every: Sequence[Pair]
 ) -> dict[Pair, Sums]:
     """The sums of some pairs over all texts, float64.
 
     Args:
-        models: the source's base and trained model, and the target.
+        models: the source's base and trained model, and the target; so are the minibatches.
         every: all pairs, in order.
     """
     previous = {pair: every[n - 1][0] for n, pair in enumerate(every) if n > 0}
@@ -127,15 +128,15 @@ def summed(
     found: dict[Pair, Sums] = {}
     for batch in track(batches, "minibatches"):
         streams = []
-        for model in models[:2]:
+        for model, own in zip(models[:2], batch[:2], strict=True):
             with activations(model, ((layer, model.model.layers[layer], True) for layer in layers)) as outputs:
-                mask = forward(model, batch)
+                mask = forward(model, own)
             streams.append({layer: outputs[layer][0][mask].double() for layer in layers})
         target = models[2]
         places = [(("out", t), target.model.layers[t], True) for _, t in some]
         places += [(("ffn", t), target.get_submodule(module_name("ffn_down", t)), False) for _, t in some]
         with activations(target, iter(places)) as outputs:
-            mask = forward(target, batch)
+            mask = forward(target, batch[2])
         for pair in some:
             t0, h = (outputs[(name, pair[1])][0][mask].double() for name in ("out", "ffn"))
             s0, s1 = (stream[pair[0]].to(t0.device) for stream in streams)

@@ -19,7 +19,7 @@ from pkt_stages.core.reduction import embedding_transform, importance, pca, whit
 from pkt_stages.errors import UserError
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.load import identity, load_config
+from pkt_stages.models.load import identity, load_config, vocabulary_difference
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.sites import (
     SITES,
@@ -125,6 +125,8 @@ def narrowings(width: str, source: Checkpoint, target: Checkpoint, d_target: int
             f"width embedding needs one vocabulary, found {len(tables[0])} and {len(tables[1])} tokens; use pca or"
             " whitening"
         )
+    if odd := vocabulary_difference(source.ref, target.ref):
+        raise UserError(f"width embedding needs one vocabulary: {odd}; use pca or whitening")
     transform = embedding_transform(*tables)
     return lambda rows: transform
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from pkt_stages.core.optimal_transport import layer_plan, layer_weights, sinkhorn, unit_costs
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.correlation import activations, forward
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import Folded
 from pkt_stages.models.load import identity, load_model
 from pkt_stages.models.sites import module_name
-from pkt_stages.models.texts import same_tokens
+from pkt_stages.models.texts import encode_texts, read_texts
 from pkt_stages.options import DType
 from pkt_stages.params import option
 from pkt_stages.progress import track
@@ -73,17 +74,18 @@ def derive(inputs: Inputs, params: Params) -> Derived:
 
     Raises:
         UserError: other inputs than --target, --source and --texts (and --base and --correlation, which are not
-            needed); tokenizers that divide the texts differently.
+            needed).
     """
     target, source, texts = inputs.only("target", "source", "texts", spare=["base", "correlation"])
     models = [Folded(target), Folded(source)]
     plans: dict[str, Plans] = {}
     if params.plans == "fitted":
-        how = params.num_texts, params.max_tokens, params.batch_size
-        batches = same_tokens([target, source], texts, *how)
-        means = [
-            text_means(load_model(ref, dtype=params.dtype, device=inputs.device), batches) for ref in (target, source)
-        ]
+        raw, means = read_texts(texts, params.num_texts), []
+        for ref in (target, source):
+            read = encode_texts(ref, raw, texts, params.max_tokens)
+            model = load_model(ref, dtype=params.dtype, device=inputs.device)
+            starts = range(0, len(read), params.batch_size)
+            means.append(text_means(model, [Batch(read[start : start + params.batch_size]) for start in starts]))
         plans = {name: fitted(means[0][name], means[1][name], params) for name in track(list(means[0]), "plans")}
     changes: dict[str, Tensor] = {}
     for layer in track(range(models[0].sizes.num_layers), "layers"):
@@ -101,7 +103,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
 
 
 @torch.no_grad()
-def text_means(model: Any, batches: Sequence[Sequence[list[int]]]) -> dict[str, list[Tensor]]:
+def text_means(model: Any, batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
     """Means over each text's tokens by activation and layer, [text, width] float64: at both ends of q, k, v and o."""
     layers = range(model.config.num_hidden_layers)
     places = {(weight, layer): (module_name(weight, layer), True) for weight in INPUT_OF for layer in layers}

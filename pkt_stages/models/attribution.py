@@ -112,29 +112,27 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
     token = examples.token.repeat(len(examples.norms))
     before = examples.stacked("layer_input", layer)
     between = before + examples.stacked("attn_output", layer)
-    # Where both blocks read the same stream, both neurons' bases are that stream.
-    parallel = in_parallel(examples.model.config)
-    bases = {"attn": before, "ffn": before if parallel else between}
-    after = bases["ffn"] + examples.stacked("ffn_output", layer)
-    p_before, p_between, p_after = map(examples.log_p, (before, between, after))
-    log_p = {"attn": p_before, "ffn": p_before if parallel else p_between}
+    p_before, p_between = examples.log_p(before), examples.log_p(between)
+    # Where both blocks read the same stream, it is the base of the FFN's neurons, too.
+    base_ffn, p_base_ffn = (before, p_before) if in_parallel(examples.model.config) else (between, p_between)
+    p_after = examples.log_p(base_ffn + examples.stacked("ffn_output", layer))
     made = {
         "attn_gain": core.block_gain(p_before, p_between, token),
-        "ffn_gain": core.block_gain(log_p["ffn"], p_after, token),
+        "ffn_gain": core.block_gain(p_base_ffn, p_after, token),
     }
-    for sublayer, names in (
-        ("attn", [COEFFICIENTS[kind] for kind in examples.coefficients]),
-        ("ffn", ["ffn_coefficients"]),
+    for sublayer, stream, base, names in (
+        ("attn", before, p_before, [COEFFICIENTS[kind] for kind in examples.coefficients]),
+        ("ffn", base_ffn, p_base_ffn, ["ffn_coefficients"]),
     ):
         vectors = _subvalues(examples, layer, sublayer)
         scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
         c = torch.stack(scaled)
         if (softcap := examples.lens.softcap) is not None:
-            logits, unembedding = examples.logits(bases[sublayer]), examples.lens.unembedding
+            logits, unembedding = examples.logits(stream), examples.lens.unembedding
             found = core.capped_neuron_scores(vectors, unembedding, logits, c, token, softcap)
         else:
             found = core.neuron_scores(
-                vectors, examples.centred, log_p[sublayer], c, token, tolerance=tolerance, fused=examples.fused
+                vectors, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
             )
         made[sublayer] = found.values
         made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])

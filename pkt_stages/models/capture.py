@@ -2,7 +2,7 @@
 
 What a block adds to the residual stream is its output behind the norm and the multiplier that its architecture may have
 there. Such a norm divides by the size of the block's whole output, which is held fixed as the final norm's is: it goes
-into the coefficients, and the gain into the subvalues (`written`), so that a neuron adds coefficient times subvalue.
+into the coefficients, and the gain into the subvalues (`subvalues`), so that a neuron adds coefficient times subvalue.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pkt_stages.models.batches import padded
 from pkt_stages.models.sites import Family, Geometry, as_rows, family, geometry, setting
 
 MAX_TOKENS = 2048  # of a batch, filling included
-# By sublayer, fields of `Captured`.
-COEFFICIENTS = {"ffn": ("ffn_coefficients",), "attn": ("attn_coefficients", "attn_coefficients_last")}
+# Fields of `Captured` by sublayer.
+_COEFFICIENTS = {"ffn": ("ffn_coefficients",), "attn": ("attn_coefficients", "attn_coefficients_last")}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def capture_all(model: Any, contexts: Sequence[list[int]]) -> list[Captured]:
     stacked = {name: torch.stack([t.to(home) for t in found], dim=1) for name, found in kept.items()}
     stacked["attn_coefficients_last"] = _own_value(kind, sizes, stacked["weight"], stacked["value"])
     eps, multiplier = setting(model.config, kind.eps), setting(model.config, kind.multiplier)
-    for sublayer, names in COEFFICIENTS.items():
+    for sublayer, names in _COEFFICIENTS.items():
         if (output := stacked.get(f"{sublayer}_unnormed")) is not None:
             size = (output.square().mean(-1, keepdim=True) + eps).sqrt()
             stacked |= {name: stacked[name] / size for name in names}
@@ -132,7 +132,7 @@ def capture_all(model: Any, contexts: Sequence[list[int]]) -> list[Captured]:
             layer_input=stacked["input"][i],
             attn_output=stacked["attn"][i] * multiplier,
             ffn_output=stacked["ffn"][i] * multiplier,
-            **{name: stacked[name][i] for names in COEFFICIENTS.values() for name in names},
+            **{name: stacked[name][i] for names in _COEFFICIENTS.values() for name in names},
             final=stacked["final"][i, 0],
         )
         for i in range(len(contexts))
@@ -169,7 +169,7 @@ def subvalues(model: Any, layer: int, sublayer: str, neurons: Any = slice(None))
     found = as_rows(model.get_parameter(kind.weight(site, layer)), site)[neurons].float()
     if (norm := kind.norm_behind(sublayer, layer)) is not None:
         found = found * kind.gain(model.get_submodule(norm).weight.float())
-    return found * setting(model.config, kind.multiplier)
+    return found * setting(model.config, kind.multiplier) if kind.multiplier is not None else found
 
 
 @dataclass(frozen=True)

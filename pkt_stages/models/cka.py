@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pkt_stages.core.similarity import CkaSums, centred_gram, minibatches
 from pkt_stages.errors import UserError
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.features import features
 from pkt_stages.models.losses import home
 from pkt_stages.models.sites import SITES
@@ -23,7 +24,7 @@ from pkt_stages.progress import track
 
 def cka(
     models: Sequence[Any],
-    texts: Sequence[Sequence[list[int]]],
+    texts: Sequence[Batch],
     *,
     reduction: str,
     batch_size: int,
@@ -34,7 +35,7 @@ def cka(
 
     Args:
         models: two of them.
-        texts: the token ids of the same texts, for either model.
+        texts: the same texts as either model reads them.
         reduction: samples are each text's `mean` token, its `last`, `all` tokens, or those of a text, which is a
             minibatch then (`per_sequence`).
         batch_size: texts per minibatch of HSIC.
@@ -44,14 +45,14 @@ def cka(
         UserError: too few samples, or a layer whose features do not vary.
     """
     group = group or Group()
-    places = range(len(texts[0]))
+    places = range(len(texts[0].ids))
     batches = [range(i, i + 1) for i in places] if reduction == "per_sequence" else minibatches(len(places), batch_size)
     tokens = "all" if reduction == "per_sequence" else reduction
     sums = {site: CkaSums() for site in SITES}
     for batch in track(batches, "minibatches"):
         try:
             first, second = (
-                grams(model, [own[i] for i in batch], tokens, micro_batch_size, group)
+                grams(model, own.some(batch), tokens, micro_batch_size, group)
                 for model, own in zip(models, texts, strict=True)
             )
         except ValueError as error:
@@ -67,15 +68,13 @@ def cka(
     return similarity
 
 
-def grams(
-    model: Any, texts: Sequence[list[int]], tokens: str, micro_batch_size: int, group: Group
-) -> dict[str, Tensor]:
+def grams(model: Any, texts: Batch, tokens: str, micro_batch_size: int, group: Group) -> dict[str, Tensor]:
     """Centred Gram matrices of one minibatch by site, [layer, sample, sample] float64; one pass through the model.
 
     Samples are ordered by process; CKA does not depend on their order, if it is the same for either model.
     """
-    mine = group.share(texts)
-    found = features(model, mine, tokens=tokens, micro_batch_size=micro_batch_size) if mine else {}
+    mine = texts.some(group.share(range(len(texts.ids))))
+    found = features(model, mine, tokens=tokens, micro_batch_size=micro_batch_size) if mine.ids else {}
     if group.size > 1:
         parts = [p for p in group.gather({s: [t.cpu() for t in layers] for s, layers in found.items()}) if p]
         found = {

@@ -111,7 +111,7 @@ def start_of(row: Changes, stored: Stored, submatrices: Path | None, target: Map
 
 def ranges_of(refs: Sequence[ModelRef], change: Change | None) -> Ranges | None:
     """Of the change, or without one of what the second model has more than the first."""
-    parts = of_change(change) if change is not None else of_models(*refs)
+    parts = of_change(change, load_config(refs[1])) if change is not None else of_models(*refs)
     return ranges(parts) if parts is not None else None
 
 

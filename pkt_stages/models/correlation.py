@@ -22,7 +22,7 @@ from torch import Tensor
 from pkt_stages import artifacts
 from pkt_stages.core.similarity import CkaSums, centred_gram
 from pkt_stages.errors import UserError
-from pkt_stages.models.batches import padded, padding_mask
+from pkt_stages.models.batches import Batch, padded, padding_mask
 from pkt_stages.models.losses import home
 from pkt_stages.models.sites import geometry, module_name
 from pkt_stages.progress import track
@@ -36,7 +36,7 @@ Pair = tuple[int, int]  # (source layer, target layer)
 
 
 @torch.no_grad()
-def block_similarity(models: Sequence[Any], batches: Sequence[Sequence[list[int]]]) -> Tensor:
+def block_similarity(models: Sequence[Any], batches: Sequence[Sequence[Batch]]) -> Tensor:
     """Linear CKA [source layer, target layer] of what every layer adds to the residual stream, over all tokens.
 
     A layer that adds nothing has similarity 0.
@@ -47,9 +47,9 @@ def block_similarity(models: Sequence[Any], batches: Sequence[Sequence[list[int]
     sums = CkaSums()
     for batch in track(batches, "minibatches for the layers' similarity"):
         grams = []
-        for model in models:
+        for model, own in zip(models, batch, strict=True):
             with activations(model, _added_by_layers(model)) as kept:
-                mask = forward(model, batch)
+                mask = forward(model, own)
             try:
                 added = [centred_gram((after - before)[mask].float()) for before, after in kept.values()]
             except ValueError as error:
@@ -73,16 +73,16 @@ class Sums:
 @torch.no_grad()
 def correlate(
     models: Sequence[Any],
-    batches: Sequence[Sequence[list[int]]],
+    batches: Sequence[Sequence[Batch]],
     pairs: Sequence[Pair],
     *,
     grams: bool,
 ) -> dict[Pair | None, dict[str, Sums]]:
-    """Sums over all tokens by pair and activation, and under None those in front of the head.
+    """Sums over all samples by pair and activation, and under None those in front of the head.
 
     Args:
         models: source and target.
-        batches: token ids of texts, some at a time.
+        batches: texts, some at a time, as either model reads them.
         grams: keep either side's own sums of products whole, too.
     """
     sizes = [geometry(model.config) for model in models]
@@ -92,7 +92,7 @@ def correlate(
         for side, model in enumerate(models):
             layers = sorted({pair[side] for pair in pairs})
             with activations(model, _inputs(model, layers)) as inputs:
-                mask = forward(model, batch)
+                mask = forward(model, batch[side])
             kept.append({name: value[0][mask].double() for name, value in inputs.items()})
         for pair in (*pairs, None):
             for name in INPUTS if pair is not None else (FINAL,):
@@ -125,11 +125,11 @@ def _add(into: dict[str, Sums], name: str, a: Tensor, b: Tensor, heads: list[int
             total += part
 
 
-def forward(model: Any, batch: Sequence[list[int]]) -> Tensor:
-    """One forward pass, padded on the right; which places of the padded batch are tokens, [text, token]."""
-    ids, mask = padded(batch, 0).to(home(model)), padding_mask(batch).to(home(model))
+def forward(model: Any, batch: Batch) -> Tensor:
+    """One forward pass, padded on the right; which places of the padded batch are samples, [text, token]."""
+    ids, mask = padded(batch.ids, 0).to(home(model)), padding_mask(batch.ids).to(home(model))
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return mask.bool()
+    return batch.samples().to(home(model))
 
 
 Place = Any  # what an activation is kept under

@@ -1,7 +1,9 @@
 """Distillation of a source's logits with trl's GKD trainer (Agarwal et al. 2024), on this project's encoded examples.
 
 The loss is the generalised Jensen-Shannon divergence per supervised token; beta 0 is KL(source || target). trl's
-temperature draws the target's own answers and does not enter the loss.
+temperature draws the target's own answers and does not enter the loss. Between different tokenizers trl's universal
+logit distillation (Boizard et al. 2024) takes its place: the L1 distance of sorted probabilities, tokens grouped where
+both tokenizers end at the same character of the answer, and a group's probability by the chain rule.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pkt_stages.encoding import Encoded
+from pkt_stages.encoding import Encoded, tokens_at
 from pkt_stages.errors import UserError
+from pkt_stages.examples import Example
 from pkt_stages.models.batches import padded, padding_mask
 from pkt_stages.models.train_set import collate, rows
+from pkt_stages.templates import Template, render_prompt
 
 
 def check_vocabularies(source: Any, target: Any) -> int:
@@ -30,8 +35,8 @@ def check_vocabularies(source: Any, target: Any) -> int:
         token = min(set(ours.items()) ^ set(theirs.items()), key=lambda pair: (pair[1], pair[0]))[0]
         raise UserError(
             f"source and target must share their vocabulary: token {token!r} is number {theirs.get(token, 'none')} of"
-            f" {len(theirs)} in the source, {ours.get(token, 'none')} of {len(ours)} in the target; use `pkt generate`"
-            " and `pkt finetune` (SeqKD) instead"
+            f" {len(theirs)} in the source, {ours.get(token, 'none')} of {len(ours)} in the target; use objective"
+            " uld, or `pkt generate` and `pkt finetune` (SeqKD), instead"
         )
     return max(ours.values()) + 1
 
@@ -131,4 +136,82 @@ def gkd_trainer(
     trainer.generation_config.repetition_penalty = 1.0
     if own_answers:
         trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def answer_ends(tokenizer: Any, example: Example, template: Template, side: int) -> list[int]:
+    """Where in the answer each token of the encoded example ends: 0 in the prompt, and for EOS the answer's end.
+
+    In units of which a character has `_UNITS`, so that a token that ends inside a character ends nowhere where one of
+    the other side (0 or 1) does.
+    """
+    prompt = render_prompt(tokenizer, template, example.prompt)
+    _, spans = tokens_at(tokenizer, prompt + example.answer)
+    ends = [max(0, end - len(prompt)) for _, end in spans]
+    found = []
+    inside = 0
+    for end, following in zip(ends, [*ends[1:], -1], strict=True):
+        inside = inside + 1 if end == following and end > 0 else 0
+        found.append(end * _UNITS if not inside else (end - 1) * _UNITS + 2 * inside + side)
+    return [*found, len(example.answer) * _UNITS]
+
+
+_UNITS = 64
+
+
+def uld_trainer(
+    model: Any,
+    source: Any,
+    examples: Sequence[tuple[Encoded, Encoded]],
+    ends: Sequence[tuple[list[int], list[int]]],
+    arguments: dict[str, Any],
+) -> Any:
+    """A trainer on trl's ULD loss: mean over examples of the mean over groups of an answer's tokens, EOS left out.
+
+    Args:
+        model: the target with its adapter (PEFT).
+        examples: as target and source read them.
+        ends: of their tokens, from `answer_ends`.
+        arguments: values for TrainingArguments.
+    """
+    from datasets import Dataset
+    from transformers import Trainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trl: the trainer is experimental
+        from trl.experimental.gold.gold_config import GOLDConfig
+        from trl.experimental.gold.gold_trainer import ULDLoss
+    config = GOLDConfig(**arguments, use_uld_loss=True, uld_token_merge_strategy="bayesian", disable_dropout=False)
+    uld: Any = ULDLoss(config)
+
+    def batch_of(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            f"{side}{name}": tensor
+            for side in ("", "source_")
+            for name, tensor in {
+                **collate([{"ids": e[f"{side}ids"], "labels": e[f"{side}labels"]} for e in batch]),
+                "ends": padded([e[f"{side}ends"] for e in batch], 0)[..., None].expand(-1, -1, 2),
+            }.items()
+        }
+
+    class AcrossTokenizers(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            with torch.no_grad():
+                theirs = source(
+                    input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"]
+                ).logits
+            names = [f"{side}{name}" for name in ("labels", "input_ids", "ends") for side in ("", "source_")]
+            loss = uld(outputs.logits, theirs, *(inputs[name] for name in names))
+            return (loss, outputs) if return_outputs else loss
+
+    data = [
+        {"ids": t.ids, "labels": t.labels, "ends": own}
+        | {"source_ids": s.ids, "source_labels": s.labels, "source_ends": theirs}
+        for (t, s), (own, theirs) in zip(examples, ends, strict=True)
+    ]
+    trainer = AcrossTokenizers(model, config, data_collator=batch_of, train_dataset=Dataset.from_list(data))
+    trainer.model_accepts_loss_kwargs = False  # or gradients of micro-batches would be summed
     return trainer

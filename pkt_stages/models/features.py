@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkt_stages.models.batches import padded, padding_mask
+from pkt_stages.models.batches import Batch, padded, padding_mask
 from pkt_stages.models.losses import home
 from pkt_stages.models.sites import SITES, family, geometry
 
 
-def features(model: Any, texts: Sequence[list[int]], *, tokens: str, micro_batch_size: int) -> dict[str, list[Tensor]]:
+def features(model: Any, texts: Batch, *, tokens: str, micro_batch_size: int) -> dict[str, list[Tensor]]:
     """Outputs of every layer's projection by site: one [sample, d_out] per layer, float32 on the layer's device.
 
     Texts are padded on the right, where a causal model's positions cannot see it; the padding is left out.
 
     Args:
-        texts: token ids.
-        tokens: `mean` or `last` gives one sample per text, `all` one per token, in order.
+        tokens: `mean` or `last` token of each text gives one sample, `all` one per token that is a sample, in order.
         micro_batch_size: texts per forward pass.
     """
     found: dict[str, list[list[Tensor]]] = {site: [] for site in SITES}
-    for start in range(0, len(texts), micro_batch_size):
-        for site, outputs in _pass(model, texts[start : start + micro_batch_size], tokens).items():
+    for start in range(0, len(texts.ids), micro_batch_size):
+        some = texts.some(range(start, min(start + micro_batch_size, len(texts.ids))))
+        for site, outputs in _pass(model, some, tokens).items():
             found[site].append(outputs)
     return {site: [torch.cat(parts) for parts in zip(*batches, strict=True)] for site, batches in found.items()}
 
 
 @torch.no_grad()
-def _pass(model: Any, texts: Sequence[list[int]], tokens: str) -> dict[str, list[Tensor]]:
-    ids, mask = padded(texts, 0).to(home(model)), padding_mask(texts).to(home(model))
-    with _outputs(model, mask.bool(), tokens) as kept:
+def _pass(model: Any, texts: Batch, tokens: str) -> dict[str, list[Tensor]]:
+    ids, mask = padded(texts.ids, 0).to(home(model)), padding_mask(texts.ids).to(home(model))
+    with _outputs(model, texts.samples() if tokens == "all" else mask.bool(), tokens) as kept:
         getattr(model, family(model.config).base)(input_ids=ids, attention_mask=mask, use_cache=False)
     return kept
 

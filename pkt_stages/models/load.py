@@ -168,6 +168,22 @@ def load_tokenizer(ref: ModelRef) -> Any:
     return tokenizer
 
 
+def vocabulary_difference(first: ModelRef, second: ModelRef) -> str | None:
+    """The first token that two models do not have with the same number; None if they have the same tokens.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    one, other = (load_tokenizer(ref).get_vocab() for ref in (first, second))
+    if one == other:
+        return None
+    token, _ = min(one.items() ^ other.items(), key=lambda pair: (pair[1], pair[0]))
+    return (
+        f"token {shown(token)} is number {one.get(token, 'none')} of {len(one)} for {first.location},"
+        f" {other.get(token, 'none')} of {len(other)} for {second.location}"
+    )
+
+
 def _is_used(tokenizer: Any, token: str) -> bool:
     """Whether a token can come up: all but special ones that neither end nor pad nor stand in the chat template."""
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}

@@ -18,7 +18,7 @@ from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.load import ModelRef, load_config
 from pkt_stages.models.rows import Checkpoint
-from pkt_stages.models.sites import geometry, weight_name
+from pkt_stages.models.sites import family, geometry
 from pkt_stages.progress import track
 
 # The paper's marks: fine-tuning stays within the first, Seeking's extraction goes beyond the second.
@@ -123,8 +123,8 @@ def of_models(first: ModelRef, second: ModelRef) -> Parts | None:
     return ((name, after - before) for name, (before, after) in pairs)
 
 
-def of_change(change: Change) -> Iterator[tuple[str, Tensor]]:
-    """What a change adds, weight by weight; of a sparse delta its rows alone, since the rest is zero."""
+def of_change(change: Change, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a change adds to a model of this config, weight by weight; of a sparse delta its rows, the rest is zero."""
     if isinstance(change, Adapter):
         for module in change.factors:
             yield f"{module}.weight", change.delta(module)
@@ -133,4 +133,4 @@ def of_change(change: Change) -> Iterator[tuple[str, Tensor]]:
     else:
         for site, part in change.items():
             for pair, layer in enumerate(part.layers.tolist()):
-                yield weight_name(layer, site), part.rows[pair]
+                yield family(config).weight(site, layer), part.rows[pair]

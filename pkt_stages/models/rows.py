@@ -33,6 +33,7 @@ class Checkpoint:
     weight are read by either name.
 
     Attributes:
+        ref: which model.
         config: the model's; `family` its architecture.
         model_class: transformers' class for it.
         weights: what is stored, by name, not read yet: safetensors' slices, or tensors of a pickled checkpoint.
@@ -47,7 +48,7 @@ class Checkpoint:
             UserError: as `load_config` and `weight_files`; files that are not readable, weights that are quantised, or
                 not those of the config, in names or shapes.
         """
-        self._ref, self.config = ref, load_config(ref)
+        self.ref, self.config = ref, load_config(ref)
         self.model_class, shapes = _described(ref, self.config)
         self.family, self.tied = family(self.config), bool(self.config.tie_word_embeddings)
         self._embedding, self._head = (self.family.weight(weight, 0) for weight in ("embedding", "head"))
@@ -103,7 +104,7 @@ class Checkpoint:
             self._renamed.append(self._head)
         elif _dtype(embedding) != _dtype(head) or not torch.equal(embedding[:], head[:]):
             raise UserError(
-                f"{self._ref.location}: its config.json says that embedding and head are one weight"
+                f"{self.ref.location}: its config.json says that embedding and head are one weight"
                 " (tie_word_embeddings), but both are stored and differ; set it to false if they are two"
             )
 
@@ -114,7 +115,7 @@ class Checkpoint:
         widest = reduce(torch.promote_types, (getattr(torch, name) for name in found))
         if len(found) > 1:
             taken = f"dtype auto takes {str(widest).removeprefix('torch.')}, which rounds none of them"
-            said = f"{self._ref.location}: weights are stored as {' and '.join(found)}; {taken}"
+            said = f"{self.ref.location}: weights are stored as {' and '.join(found)}; {taken}"
             print(f"pkt: warning: {said}", file=sys.stderr)
         return widest
 
@@ -142,7 +143,7 @@ class Checkpoint:
         """
         name = self._embedding if name == self._head and self.tied else name
         if name not in self.weights:
-            raise UserError(f"{self._ref.location}: has no weight {name}")
+            raise UserError(f"{self.ref.location}: has no weight {name}")
         tensor: Tensor = self.weights[name][:]
         return tensor
 

@@ -188,7 +188,6 @@ FAMILIES: Mapping[str, Family] = {
 }
 SUPPORTED = tuple(FAMILIES)
 _LLAMA = FAMILIES["llama"]
-EMBEDDING, HEAD = (f"{_LLAMA.module(weight, 0)}.weight" for weight in ("embedding", "head"))  # one weight if tied
 _REFUSED = {
     "gemma3": "it takes images; save its language model alone (Gemma3ForCausalLM)",
     "llama4": f"it takes images, and {_MOE}",

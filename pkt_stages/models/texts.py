@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pkt_stages.encoding import tokenize
-from pkt_stages.errors import UserError
+from pkt_stages.encoding import tokenize, tokens_at
+from pkt_stages.errors import UserError, shown
 from pkt_stages.examples import read_jsonl
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.load import ModelRef, load_config, load_tokenizer
 
 
@@ -40,26 +43,82 @@ def encode_texts(ref: ModelRef, texts: Sequence[str], path: Path, max_tokens: in
     return encoded
 
 
-def check_equal_lengths(encoded: Sequence[Sequence[list[int]]], path: Path, refs: Sequence[ModelRef]) -> None:
-    """Raise UserError unless two models cut the texts into equally many tokens, so that tokens can be samples."""
-    for number, (one, other) in enumerate(zip(*encoded, strict=True), start=1):
-        if len(one) != len(other):
+def paired_texts(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: int | None) -> list[Batch]:
+    """The first texts of a file as each model reads them, with the tokens that are samples of the same.
+
+    Where all models make the same tokens of the texts, those are all of them. Else a token has a partner in every other
+    model that ends at the same character: both have read the same. Of tokens inside one character the last counts.
+
+    Raises:
+        UserError: as `read_texts` and `encode_texts`; tokenizers that read other characters, see `check_same_reading`.
+    """
+    raw = read_texts(path, count)
+    tokenizers = [load_tokenizer(ref) for ref in refs]
+    ids = [encode_texts(ref, raw, path, max_tokens) for ref in refs]
+    if all(other == ids[0] for other in ids[1:]):
+        return [Batch(own) for own in ids]
+    places: list[list[list[int]]] = [[] for _ in refs]
+    for number, text in enumerate(raw):
+        read = [tokens_at(tokenizer, text) for tokenizer in tokenizers]
+        where = f"{path}: text {number + 1}"
+        check_same_reading([read_by(t, own) for t, (own, _) in zip(tokenizers, read, strict=True)], refs, where)
+        ends = [[end for _, end in spans] for _, spans in read]
+        for ref, own in zip(refs, ends, strict=True):
+            if own != sorted(own):
+                raise UserError(f"{where}: tokens of {ref.location} do not stand in the text's order; leave it out")
+        for found, own in zip(places, partners(ends, max_tokens), strict=True):
+            found.append(own)
+    return [Batch(*both) for both in zip(ids, places, strict=True)]
+
+
+def read_by(tokenizer: Any, ids: list[int]) -> str:
+    """What tokens say."""
+    said: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return said
+
+
+def partners(ends: Sequence[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
+    """By model the places of tokens that end at a character at which a token of every model ends, in order.
+
+    Args:
+        ends: by model the character behind each token, ascending; of equal ones the last counts.
+        max_tokens: so many first tokens have partners.
+    """
+    every = [{end: place for place, end in enumerate(own)} for own in ends]
+    last = [{e: place for e, place in own.items() if max_tokens is None or place < max_tokens} for own in every]
+    common = sorted(set.intersection(*map(set, last)))
+    return [[own[end] for end in common] for own in last]
+
+
+def check_same_reading(read: Sequence[str], refs: Sequence[ModelRef], where: str) -> None:
+    """Raise UserError unless tokenizers read the same characters, but for blanks at the ends and compatible forms.
+
+    Args:
+        read: by model what its tokens say.
+    """
+    plain = [unicodedata.normalize("NFKC", text).strip() for text in read]
+    for ref, text in zip(refs[1:], plain[1:], strict=True):
+        if text != plain[0]:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(text, plain[0], strict=False)) if a != b),
+                min(len(text), len(plain[0])),
+            )
+            around = slice(max(0, place - 10), place + 20)
             raise UserError(
-                f"{path}: text {number} has {len(one)} tokens for {refs[0].location} and {len(other)} for"
-                f" {refs[1].location}; where tokens are samples they must be the same; use reduction mean or last"
+                f"{where}: {refs[0].location} reads {shown(plain[0][around])}, {ref.location} reads"
+                f" {shown(text[around])}, so that their tokens cannot be paired; use models whose tokenizers keep texts"
+                " as they are, or leave the text out"
             )
 
 
-def same_tokens(
+def paired_minibatches(
     refs: Sequence[ModelRef], path: Path, count: int, max_tokens: int | None, batch_size: int
-) -> list[list[list[int]]]:
-    """Token ids of the first texts of a file, which are the same for all models; some texts at a time.
+) -> list[list[Batch]]:
+    """`paired_texts` some at a time: minibatches, by model.
 
     Raises:
-        UserError: as `read_texts` and `encode_texts`; tokenizers that divide a text differently.
+        UserError: as `paired_texts`.
     """
-    raw = read_texts(path, count)
-    ids = [encode_texts(ref, raw, path, max_tokens) for ref in refs]
-    if any(other != ids[0] for other in ids[1:]):
-        raise UserError(f"{path}: the models' tokenizers divide them differently; transport needs equal tokens")
-    return [ids[0][start : start + batch_size] for start in range(0, len(ids[0]), batch_size)]
+    read = paired_texts(refs, path, count, max_tokens)
+    starts = range(0, count, batch_size)
+    return [[own.some(range(start, min(start + batch_size, count))) for own in read] for start in starts]

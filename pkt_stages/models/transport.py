@@ -8,9 +8,10 @@ norm's gain). What a norm behind a block divides by is left out: it is the token
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +22,7 @@ from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS, READS, Folded
-from pkt_stages.models.load import ModelRef, identity
+from pkt_stages.models.load import ModelRef, identity, vocabulary_difference
 from pkt_stages.models.sites import Geometry, module_name
 from pkt_stages.params import option
 from pkt_stages.progress import track
@@ -140,16 +141,24 @@ def opened(target: ModelRef, tuned: ModelRef, base: ModelRef, *, fold: bool = Tr
     return models
 
 
-def check_vocabulary(models: Models) -> None:
-    """Raise UserError unless embedding and head can be carried over."""
+def carries_vocabulary(models: Models) -> bool:
+    """Whether embedding and head can be carried over, row by row: not between models with other tokens, which is said.
+
+    Raises:
+        UserError: the target's embedding and head are one weight.
+    """
     have, want = models.base.sizes.vocab_size, models.target.sizes.vocab_size
-    if have != want:
-        raise UserError(f"vocabulary: the source has {have} tokens, the target {want}; set vocabulary: false")
+    odd = f"the source's embedding has {have} rows, the target's {want}" if have != want else None
+    if odd := odd or vocabulary_difference(models.base.ref, models.target.ref):
+        said = f"vocabulary: embedding and head stay as they are, for moving them takes a common vocabulary: {odd}"
+        print(f"pkt: warning: {said}", file=sys.stderr)
+        return False
     if models.target.tied:
         raise UserError(
             f"{models.target.ref.location}: its head is its embedding, which get different changes; set"
             " vocabulary: false"
         )
+    return True
 
 
 Fit = Callable[["Models", Correlation], tuple[Polar | None, Callable[[Pair], Maps]]]
@@ -160,21 +169,21 @@ def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw
     """A row of a method that moves what training added to the source, by maps of its own.
 
     Args:
-        vocabulary: embedding and head, too.
+        vocabulary: embedding and head, too, if both models have the same tokens.
         fit: from models and correlation to the map of the residual stream (None: not needed) and those of a pair.
         draw: random maps of a pair, of the control: from the sizes of source and target and the residual stream's.
 
     Raises:
         UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
-            correlation or differ in shape; a vocabulary that cannot be carried over; or as `fit`.
+            correlation or differ in shape; as `carries_vocabulary`; or as `fit`.
     """
     # One stage serves all transports, those that need the texts themselves, too.
     target, source, base, folder = inputs.only("target", "source", "base", "correlation", spare=["texts"])
     models, found = opened(target, source, base, fold=fold), Correlation(folder)
     of_target, of_source, of_base = (identity(model.ref) for model in (models.target, models.tuned, models.base))
     found.check(of_base, of_target)
-    if vocabulary:
-        check_vocabulary(models)
+    left_out = vocabulary and not carries_vocabulary(models)
+    vocabulary = vocabulary and not left_out
     changes: dict[str, Change] = {}
     ranks: dict[str, list[int]] = {}
     if params.maps == "random":
@@ -191,7 +200,9 @@ def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw
         changes["delta"], ranks = transported(models, found.pairs, maps_of, moved)
         if whole is not None:
             ranks["residual"] = [whole.rank, whole.full_rank]
-    meta = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
+    meta: dict[str, Any] = {"base": of_base, "pairs": [list(pair) for pair in found.pairs], "ranks": ranks}
+    if left_out:
+        meta["vocabulary"] = False
     return Derived(changes, of_target, of_source, meta=meta)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pkt_stages import artifacts
-from pkt_stages.encoding import Located, PromptParams, locate
+from pkt_stages.encoding import Cut, Located, PromptParams, locate
 from pkt_stages.errors import UserError
 from pkt_stages.examples import check_ids, read_examples
 from pkt_stages.options import SCRATCH, Device, DType, Model, Scratch, Stopwatch, option, with_params
@@ -35,6 +35,11 @@ class AttributeParams(PromptParams):
     )
     coefficients: tuple[Literal["all_positions", "last_position"], ...] = option(
         ("all_positions", "last_position"), "Attention coefficients to store: all_positions, last_position."
+    )
+    cut: Cut = option(
+        "token",
+        "Before what examples are cut: the last useful token (paper), or the last useful word, which is the same for"
+        " models with different tokenizers.",
     )
     tolerance_nats: float = option(1e-6, "Largest error of a score by moments, nats; else the plain path.", ge=0)
     num_top: int = option(10, "Best neurons per example and sublayer whose lens tokens are stored.", ge=1)
@@ -131,7 +136,10 @@ def attribute(
         check_ids({f"{name} {files[name]}": examples for name, examples in read.items()})
         sets = [(name, example) for name, examples in read.items() for example in examples]
         limit = getattr(config, "max_position_embeddings", None) or 2**31
-        located = [locate(tokenizer, example, template=params.template, max_length=limit) for _, example in sets]
+        located = [
+            locate(tokenizer, example, template=params.template, max_length=limit, cut=params.cut)
+            for _, example in sets
+        ]
         facts = [named, [vars(item) for item in located], asdict(params), device.split(":")[0]]
         shards = Shards(scratch, f"attribute-{fingerprint(facts, [])}")
         tensors, plain_share = run(load_model(ref, dtype=params.dtype, device=device), located, params, shards, group)

@@ -23,6 +23,7 @@ from pkt_stages.parallel import Group, joined
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pkt_stages.models.batches import Batch
     from pkt_stages.models.changes import Change
     from pkt_stages.models.load import ModelRef
 
@@ -32,7 +33,9 @@ class CompareParams:
     """Settings of the comparison."""
 
     reduction: Literal["mean", "last", "all", "per_sequence"] = option(
-        "mean", "Samples: each text's mean token, its last, all tokens, or per_sequence (a minibatch per text)."
+        "mean",
+        "Samples: each text's mean token, its last, all tokens (of two tokenizers those that end at one character), or"
+        " per_sequence (a minibatch per text).",
     )
     num_texts: int = option(200, "Texts compared, the first of the file; fewer there are an error.", ge=4)
     batch_size: int = option(200, "Texts per minibatch of HSIC; per_sequence ignores it.", ge=4)
@@ -44,7 +47,7 @@ class CompareParams:
 
 def run(
     refs: Sequence[ModelRef],
-    texts: Sequence[Sequence[list[int]]],
+    texts: Sequence[Batch],
     change: Change | None,
     params: CompareParams,
     *,
@@ -52,7 +55,7 @@ def run(
     micro_batch_size: int,
     group: Group,
 ) -> dict[str, Tensor]:
-    """CKA by site of two models, the second with the change in it, on the token ids of the same texts for either."""
+    """CKA by site of two models, the second with the change in it, on the same texts as either reads them."""
     from pkt_stages.models.cka import cka
     from pkt_stages.models.load import load_model
     from pkt_stages.models.merge import merged
@@ -88,9 +91,10 @@ def compare(
     Several processes (torchrun) divide the texts, each with both models.
     """
     from pkt_stages.models import load
+    from pkt_stages.models.batches import Batch
     from pkt_stages.models.changes import read_changes
     from pkt_stages.models.comparison import MARK, Comparison, ranges_of, similarity_of, start_of
-    from pkt_stages.models.texts import check_equal_lengths, encode_texts, read_texts
+    from pkt_stages.models.texts import encode_texts, paired_texts, read_texts
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, MARK)
@@ -104,10 +108,11 @@ def compare(
         row.check_target(models[refs[1]])
         stored = row.one(which)
         change, start = stored.load(), start_of(row, stored, submatrices, models[refs[1]])
-    raw = read_texts(texts, params.num_texts)
-    encoded = [encode_texts(ref, raw, texts, params.max_tokens) for ref in refs]
     if params.reduction in ("all", "per_sequence"):
-        check_equal_lengths(encoded, texts, refs)
+        encoded = paired_texts(refs, texts, params.num_texts, params.max_tokens)
+    else:
+        raw = read_texts(texts, params.num_texts)
+        encoded = [Batch(encode_texts(ref, raw, texts, params.max_tokens)) for ref in refs]
     with joined() as group:
         device = group.device(device)
         maps = run(refs, encoded, change, params, device=device, micro_batch_size=micro_batch_size, group=group)
@@ -120,8 +125,8 @@ def compare(
         "run": stored.label if stored is not None else None,
         "made": row.made() if row is not None else None,
         "params": asdict(params),
-        "num_tokens": sum(map(len, encoded[0])),
+        "num_tokens": int(encoded[0].samples().sum()),
     }
     found.write(out, meta)
     artifacts.write_json(metrics, found.facts() | meta)
-    watch.summary("compare", f"{found.summary()}; {len(raw)} texts", out)
+    watch.summary("compare", f"{found.summary()}; {params.num_texts} texts", out)

@@ -1,7 +1,8 @@
 """What do the source's and the target's base models compute on the same texts? The ground of every transport.
 
-Two models with one tokenizer + texts -> a folder: which layers belong together, and for each pair the sums of products
-of activations, from which maps between the two are made (METHODS 11). No example's answer is used.
+Two models + texts -> a folder: which layers belong together, and for each pair the sums of products of activations,
+from which maps between the two are made (METHODS 11). Samples are tokens; of two tokenizers those that end at the same
+character. No example's answer is used.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pkt_stages.models.batches import Batch
     from pkt_stages.models.correlation import Pair, Sums
     from pkt_stages.models.load import ModelRef
 
@@ -46,7 +48,7 @@ class CorrelateParams:
 
 
 def layer_pairs(
-    models: Sequence[Any], batches: Sequence[Sequence[list[int]]], rule: str, chosen: list[Pair] | None = None
+    models: Sequence[Any], batches: Sequence[Sequence[Batch]], rule: str, chosen: list[Pair] | None = None
 ) -> tuple[list[Pair], Tensor]:
     """(source, target) layers that belong together, and the similarity [source, target] of what all of them add.
 
@@ -92,7 +94,7 @@ def selected_pairs(paths: Sequence[Path]) -> list[Pair]:
 
 
 def run(
-    models: Sequence[Any], batches: Sequence[Sequence[list[int]]], pairs: Sequence[Pair], at_once: int, *, grams: bool
+    models: Sequence[Any], batches: Sequence[Sequence[Batch]], pairs: Sequence[Pair], at_once: int, *, grams: bool
 ) -> Iterator[tuple[Pair | None, dict[str, Sums]]]:
     """Sums by pair, some pairs at a time, each from a pass over all texts; None: in front of the head.
 
@@ -142,7 +144,7 @@ def correlate(
     from pkt_stages.models.correlation import LIST, write_pair
     from pkt_stages.models.folding import check_foldable
     from pkt_stages.models.load import identity, load_config, load_model, resolve
-    from pkt_stages.models.texts import same_tokens
+    from pkt_stages.models.texts import paired_minibatches
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, LIST)
@@ -156,22 +158,26 @@ def correlate(
     for ref in refs:
         check_foldable(load_config(ref))
     _check_layers(chosen, refs)
-    batches = same_tokens(refs, texts, params.num_texts, params.max_tokens, params.batch_size)
+    batches = paired_minibatches(refs, texts, params.num_texts, params.max_tokens, params.batch_size)
     models = [load_model(ref, dtype=params.dtype, device=device) for ref in refs]
     pairs, similarity = layer_pairs(models, batches, params.layer_pairs, chosen)
-    num_tokens = sum(len(ids) for batch in batches for ids in batch)
+    num_tokens = sum(int(batch[0].samples().sum()) for batch in batches)
     meta: dict[str, Any] = {
         "source": identity(refs[0]),
         "target": identity(refs[1]),
         "params": asdict(params),
         "pairs": pairs,
         "similarity": similarity.tolist(),
-        "num_texts": sum(map(len, batches)),
+        "num_texts": sum(len(batch[0].ids) for batch in batches),
         "num_tokens": num_tokens,
     }
+    said = f"{num_tokens:,} tokens"
+    if batches[0][0].places is not None:
+        meta["tokens_of"] = [sum(len(ids) for batch in batches for ids in batch[side].ids) for side in range(2)]
+        said += " that end at one character in both, of {:,} and {:,}".format(*meta["tokens_of"])
     with artifacts.replaced_folder(out, LIST) as folder:
         for pair, sums in run(models, batches, pairs, pairs_at_once, grams=params.grams):
             write_pair(folder, pair, sums, params.stored, {**meta, "pair": pair})
         artifacts.write_json(folder / LIST, meta)
     shown = ", ".join(f"{s}-{t}" for s, t in pairs)
-    watch.summary("correlate", f"{num_tokens:,} tokens, layers {shown}", out)
+    watch.summary("correlate", f"{said}, layers {shown}", out)

@@ -1,7 +1,8 @@
 """How well does the target learn from the source's logits? (METHODS section 6; the paper's distillation baselines)
 
 train examples + a source and a target with one vocabulary -> per seed a LoRA adapter in PEFT's format, relative to the
-untouched target, and metrics. Supervised KD follows the gold answers, GKD the target's own.
+untouched target, and metrics. Supervised KD follows the gold answers, GKD the target's own; ULD the gold ones between
+models with different tokenizers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pkt_stages import artifacts
-from pkt_stages.examples import training_file
+from pkt_stages.examples import Example, read_examples, training_file
 from pkt_stages.models.recipe import TrainingParams
 from pkt_stages.options import (
     SCRATCH,
@@ -32,6 +33,8 @@ from pkt_stages.options import (
 from pkt_stages.templates import dated
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pkt_stages.models.load import ModelRef
     from pkt_stages.models.trainer import Trained
     from pkt_stages.models.training import Job, Place
@@ -41,7 +44,10 @@ if TYPE_CHECKING:
 class DistillParams(TrainingParams):
     """Settings of the distillation; on as few examples as the paper's, with other numbers than fine-tuning's."""
 
-    objective: Literal["kd", "gkd"] = option("kd", "Whose answers: kd (gold) or gkd (the target's own).")
+    objective: Literal["kd", "gkd", "uld"] = option(
+        "kd",
+        "Whose answers: kd (gold), gkd (the target's own), or uld: gold, and sorted probabilities, for two tokenizers.",
+    )
     beta: float = option(
         0.0, "Divergence: 0 is KL(source || target), 1 is KL(target || source), between: mixed.", ge=0, le=1
     )
@@ -54,16 +60,34 @@ class DistillParams(TrainingParams):
     )
 
 
-def run(job: Job[DistillParams], place: Place, source: ModelRef, target: ModelRef) -> dict[int, Trained]:
+def run(job: Job[DistillParams], place: Place, refs: Sequence[ModelRef], raw: Sequence[Example]) -> dict[int, Trained]:
     """A training of the target per seed, towards the source's logits on the job's examples.
 
-    Raises:
-        UserError: other tokens than the source's, or a prompt that leaves no room for an answer.
-    """
-    from pkt_stages.models import distillation, load, lora, training
+    Args:
+        refs: source and target.
+        raw: the job's examples, not encoded.
 
+    Raises:
+        UserError: other tokens than the source's (but for uld), tokenizers that read other characters, an example that
+            is too long for the source, or a prompt that leaves no room for an answer.
+    """
+    from pkt_stages.encoding import encode, tokens_at
+    from pkt_stages.models import distillation, load, lora, texts, training
+
+    source, target = refs
     params, config, tokenizer = job.params, load.load_config(target), load.load_tokenizer(target)
-    num_tokens = distillation.check_vocabularies(load.load_tokenizer(source), tokenizer)
+    of_source = load.load_tokenizer(source)
+    across = params.objective == "uld"
+    num_tokens = 0 if across else distillation.check_vocabularies(of_source, tokenizer)
+    pairs, ends = [], []
+    for example, encoded in zip(raw, job.examples, strict=True) if across else ():
+        both = (tokenizer, of_source)
+        texts.check_same_reading(
+            [texts.read_by(t, tokens_at(t, example.answer)[0]) for t in both], (target, source), f"example {example.id}"
+        )
+        pairs.append((encoded, encode(of_source, example, template=params.template, max_length=params.max_length)))
+        found = [distillation.answer_ends(t, example, params.template, side) for side, t in enumerate(both)]
+        ends.append((found[0], found[1]))
     if params.objective == "gkd":
         distillation.check_lengths(job.examples, params.max_new_tokens, config.max_position_embeddings)
     modules = lora.site_modules(config)
@@ -76,10 +100,13 @@ def run(job: Job[DistillParams], place: Place, source: ModelRef, target: ModelRe
     def start() -> lora.Start:
         from_logits = loaded_source()
         model = load.load_model(target, dtype=params.dtype, device=place.own_device)
-        distillation.cut_vocabularies(from_logits, model, num_tokens)
+        if not across:
+            distillation.cut_vocabularies(from_logits, model, num_tokens)
         return lora.started(model, sizes, "random", {}, job.examples)
 
     def make_trainer(model: Any, arguments: dict[str, Any]) -> Any:
+        if across:
+            return distillation.uld_trainer(model, loaded_source(), pairs, ends, arguments)
         return distillation.gkd_trainer(
             model,
             loaded_source(),
@@ -111,7 +138,7 @@ def distill(
     device: Device = "cpu",
     micro_batch_size: MicroBatch = 4,
 ) -> None:
-    """Train LoRA adapters towards the source's logits, one per seed: supervised KD and GKD."""
+    """Train LoRA adapters towards the source's logits, one per seed: supervised KD, GKD and ULD."""
     from pkt_stages.models import changes, load, train_set, training
 
     watch = Stopwatch()
@@ -124,6 +151,7 @@ def distill(
     examples = train_set.read_train(tokenizer, path, params)
     date = dated(tokenizer, params.template)
     job = training.Job("distill", method, params, of_target, of_source, examples, date=date)
-    trained = run(job, training.Place(scratch, device, micro_batch_size, curves), *refs)
+    raw = read_examples(path, params.num_examples)
+    trained = run(job, training.Place(scratch, device, micro_batch_size, curves), refs, raw)
     told = training.publish(job, trained, out, metrics, on_answers=params.objective == "kd")
     watch.summary("distill", told, out)

@@ -89,6 +89,8 @@ def seek(
     if params.sites == "all" and any(config.tie_word_embeddings for config in configs.values()):
         raise UserError("sites all: embedding and head are one weight in one of the models; use sites paper")
     check_sizes(sizes["source"], sizes["target"], weights)
+    if params.sites == "all" and (odd := load.vocabulary_difference(refs["source"], refs["target"])):
+        raise UserError(f"sites all: embedding and head take one vocabulary: {odd}; use sites paper")
     tokenizer = load.load_tokenizer(refs["source"])
     encoded = [
         (e.id, encode(tokenizer, e, template=params.template, max_length=params.max_length, labels=params.labels))

@@ -16,7 +16,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.artifacts import Artifact
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, shown
 from pkt_stages.options import Source, Stopwatch, Task, option, with_params
 from pkt_stages.params import build
 
@@ -144,6 +144,7 @@ def select(
         )
     sizes = geometry(load_config(ref))
     _warn_if_narrower(found["source"].meta["geometry"], found["target"].meta["geometry"])
+    _check_cuts(found["source"].meta, found["target"].meta)
     tensors: dict[str, Tensor] = {}
     for name, rule in params.rules().items():
         chosen = run(found["source"], found["target"], rule, params.max_rate)
@@ -166,6 +167,25 @@ def select(
     what = f"{pairs[1]} layer pairs, {counts['ffn']} FFN and {counts['attn']} attention neurons each"
     size = sum(tensor.numel() * tensor.element_size() for tensor in rows.values()) / 1e6
     watch.summary("select", f"{what}, {pairs[0]} examples, rows of {len(used)} ({size:,.1f} MB)", out)
+
+
+def _check_cuts(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    """Say so if two tokenizers had the examples cut at different characters; UserError for two settings `cut`."""
+    cuts = [meta["params"]["cut"] for meta in (source, target)]
+    if cuts[0] != cuts[1]:
+        raise UserError(
+            f"--source-scores is cut before the last {cuts[0]}, --target-scores before the last {cuts[1]};"
+            " run `pkt attribute` with one --cut on both"
+        )
+    pairs = zip(source["examples"], source["predicted"], target["predicted"], strict=True)
+    odd = [(example["id"], a, b) for example, a, b in pairs if a.strip() != b.strip()]
+    if odd and cuts[0] == "token":
+        typer.echo(
+            f"warning: the tokenizers divide the last word of {len(odd)} of {len(source['examples'])} examples in"
+            f" different ways (source and target predict {shown(odd[0][1])} and {shown(odd[0][2])} in {odd[0][0]});"
+            " `pkt attribute --cut word` cuts both before that word",
+            err=True,
+        )
 
 
 def _warn_if_narrower(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:

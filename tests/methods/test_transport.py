@@ -275,20 +275,6 @@ def test_tied_embeddings_keep_their_vocabulary(pkt: Run, tmp_path: Path) -> None
     assert pkt("derive", "--code", "matched", *models, *given)[0] == 0
 
 
-def test_tokenizers_must_divide_texts_alike(pkt: Run, parent: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    other = trained(tmp_path / "other", parent / "base")
-    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
-    tokenizer.add_tokens(["ab"])
-    tokenizer.save(str(other / "tokenizer.json"))
-    write_jsonl(tmp_path / "t.jsonl", [{"text": "abab and more of it"}])
-    given = ("--source", other, "--target", parent / "base", "--texts", tmp_path / "t.jsonl", "--num-texts", 1)
-    status, _, err = pkt("correlate", *given, "--out", tmp_path / "sums")
-    assert status == 2
-    assert "the models' tokenizers divide them differently; transport needs equal tokens" in err
-
-
 def test_selected_layers(pkt: Run, parent: Path, tmp_path: Path) -> None:
     """The source's best-scored layers in order, by the neurons' sums; refused without attributions, or with others."""
     from tests.stages.test_parallel import write_examples
@@ -442,7 +428,7 @@ def test_ariadne_is_exact_for_the_last_down_projection(
 def test_ariadne_by_brute_force(pkt: Run, parent: Path, tmp_path: Path) -> None:
     """Every token at once, float64, from a source that is the target itself, so that nothing turns."""
     from pkt_stages.models.load import load_model, resolve
-    from pkt_stages.models.texts import same_tokens
+    from pkt_stages.models.texts import paired_minibatches
 
     refs = [resolve(str(parent / name)) for name in ("base", "tuned")]
     names = ("out0", "out1", "ffn0", "ffn1")
@@ -453,8 +439,8 @@ def test_ariadne_by_brute_force(pkt: Run, parent: Path, tmp_path: Path) -> None:
         for n, layer in enumerate(model.model.layers):
             layer.register_forward_hook(lambda _m, _i, o, name=f"out{n}": kept[name].append(o[0]))
             layer.mlp.down_proj.register_forward_pre_hook(lambda _m, i, name=f"ffn{n}": kept[name].append(i[0][0]))
-        for (ids,) in same_tokens(refs, parent / "texts.jsonl", 24, 512, 1):
-            model(input_ids=torch.tensor([ids]))
+        for batch, _ in paired_minibatches(refs, parent / "texts.jsonl", 24, 512, 1):
+            model(input_ids=torch.tensor(batch.ids))
         seen.append([torch.cat(kept[name]).double() for name in names])
         for found in kept.values():
             found.clear()

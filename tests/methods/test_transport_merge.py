@@ -41,7 +41,7 @@ def models_of(recorded: dict[str, Tensor], case: str) -> list[Any]:
     return [
         SimpleNamespace(
             stored=lambda w, n, side=side: recorded[f"{case}.W{side}.{COMPONENTS[w]}.{n}"].double(),
-            bias=lambda w, n, side=side: bias(side, w, n),
+            stored_bias=lambda w, n, side=side: bias(side, w, n),
         )
         for side in "AB"
     ]
@@ -60,7 +60,7 @@ def test_corrected_numbers(recorded: dict[str, Tensor], case: str) -> None:
             merged = 0.9 * models[0].stored(weight, layer) + 0.1 * mixed["weight"]
             torch.testing.assert_close(merged, recorded[f"{case}.corr.{name}.{layer}.W"], rtol=0, atol=1e-9)
             if (bias := recorded.get(f"{case}.corr.{name}.{layer}.b")) is not None:
-                mixed_bias = 0.9 * models[0].bias(weight, layer) + 0.1 * mixed["bias"]
+                mixed_bias = 0.9 * models[0].stored_bias(weight, layer) + 0.1 * mixed["bias"]
                 torch.testing.assert_close(mixed_bias, bias, rtol=0, atol=1e-9)
 
 

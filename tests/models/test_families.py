@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pkt_stages.encoding import Encoded, Located
+from pkt_stages.errors import UserError
 from pkt_stages.models import lora
 from pkt_stages.models.adapters import load_adapter, save_adapter
 from pkt_stages.models.capture import capture, capture_all
@@ -141,6 +143,23 @@ def test_checkpoints_in_16_bits(case: Case, tmp_path: Path) -> None:
     assert ours.dtype == torch.bfloat16
     for name, weight in theirs.state_dict().items():
         assert torch.equal(weight, ours.state_dict()[name]), name
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    """Pythia's have masks and frequencies among their weights; anything else that the model lacks is refused."""
+    folder = save(CASES["neox"], tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    assert "embed_out.weight" in weights  # as transformers writes it
+    before = logits_of(load_model(ModelRef(str(folder))))
+    for name, buffer in (("bias", torch.ones(1, 1, 4, 4).bool()), ("masked_bias", torch.tensor(-1e9))):
+        weights[f"gpt_neox.layers.1.attention.{name}"] = buffer
+    weights["gpt_neox.layers.1.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits_of(load_model(ModelRef(str(folder)))), before)
+    weights["gpt_neox.layers.1.attention.mask"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has gpt_neox\.layers\.1\.attention\.mask too many"):
+        load_model(ModelRef(str(folder)))
 
 
 def stored_rows(model: Any, case: Case, site: str, neuron: int) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
@@ -28,8 +29,11 @@ from tests.conftest import make_model
 EXAMPLES = [Encoded(list(range(5, 45)), list(range(5, 45))), Encoded([0, 9, 8, 7], [-100, 9, 8, 7])]
 
 
+MODULES = site_modules(LlamaConfig(num_hidden_layers=3))
+
+
 def lora(rank: int = 4, alpha: float = 8.0, **given: Any) -> Lora:
-    return Lora(**{"modules": site_modules(3), "rank": rank, "alpha": alpha, "dropout": 0.0, **given})
+    return Lora(**{"modules": MODULES, "rank": rank, "alpha": alpha, "dropout": 0.0, **given})
 
 
 def submatrices(model: Any, modules: tuple[str, ...]) -> dict[str, Tensor]:
@@ -58,11 +62,11 @@ def test_the_model_is_unchanged_and_its_training_fits_the_untouched_target(
     model = loaded(target_folder)
     before = logits_of(model, EXAMPLES)
     torch.manual_seed(0)
-    peft_model = INITIALISATIONS[init](model, lora(), submatrices(model, site_modules(3)))
+    peft_model = INITIALISATIONS[init](model, lora(), submatrices(model, MODULES))
     assert unchanged_error(before, logits_of(peft_model, EXAMPLES), "float32") < 2e-5
     first = adapter_of(peft_model, 8.0)
     trainable = {name for name, p in peft_model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * len(site_modules(3)) and all("lora_" in name for name in trainable)
+    assert len(trainable) == 2 * len(MODULES) and all("lora_" in name for name in trainable)
 
     disturb(peft_model)
     trained = adapter_of(peft_model, 8.0)
@@ -104,7 +108,7 @@ def test_pissa_agrees_with_pefts_own_conversion(target_folder: Path, tmp_path: P
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=list(site_modules(3)), init_lora_weights="pissa", task_type="CAUSAL_LM"
+        r=4, lora_alpha=8, target_modules=list(MODULES), init_lora_weights="pissa", task_type="CAUSAL_LM"
     )
     theirs = get_peft_model(loaded(target_folder), config)
     # peft's way: keep the initial adapter, and let it be subtracted when the trained one is saved.
@@ -124,7 +128,7 @@ def test_pissa_agrees_with_pefts_own_conversion(target_folder: Path, tmp_path: P
 
 def test_seeking_reduces_the_base_by_the_sub_matrixs_best_approximation(target_folder: Path) -> None:
     model = loaded(target_folder)
-    given = submatrices(model, site_modules(3))
+    given = submatrices(model, MODULES)
     weights = {name: model.get_submodule(name).weight.detach().double() for name in given}
     peft_model = INITIALISATIONS["seeking"](model, lora(), given)
     found = adapter_of(peft_model, 8.0)
@@ -185,17 +189,17 @@ def test_sizes_that_do_not_fit(sizes: Lora, message: str, target_folder: Path) -
 def test_a_start_says_what_it_did(init: Init, target_folder: Path) -> None:
     model = loaded(target_folder)
     torch.manual_seed(0)
-    start = started(model, lora(), init, submatrices(model, site_modules(3)), EXAMPLES)
+    start = started(model, lora(), init, submatrices(model, MODULES), EXAMPLES)
     assert 0 <= start.error < 2e-5 and start.alpha == 8.0
     assert (start.subtracted is None) == (init == "random")
     if start.subtracted is not None:
         first = adapter_of(start.model, 8.0)
-        assert all(torch.equal(start.subtracted.delta(name), first.delta(name)) for name in site_modules(3))
+        assert all(torch.equal(start.subtracted.delta(name), first.delta(name)) for name in MODULES)
 
 
 def test_a_sub_matrix_of_another_shape(target_folder: Path) -> None:
     model = loaded(target_folder)
-    given = submatrices(model, site_modules(3)) | {"model.layers.1.self_attn.v_proj": torch.ones(64, 32)}
+    given = submatrices(model, MODULES) | {"model.layers.1.self_attn.v_proj": torch.ones(64, 32)}
     with pytest.raises(UserError) as caught:
         started(model, lora(), "seeking", given, EXAMPLES)
     assert str(caught.value) == (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from pkt_stages.encoding import Encoded
 from pkt_stages.models import trainer
@@ -23,7 +24,7 @@ EXAMPLES = [Encoded([0, 7 + i, 9, 1], [-100, -100, 9, 1]) for i in range(7)]
 
 def train(folder: Path, target: Path, params: TrainingParams) -> trainer.Trained:
     def start() -> Start:
-        sizes = Lora(site_modules(3), rank=2, alpha=2.0, dropout=0.0)
+        sizes = Lora(site_modules(LlamaConfig(num_hidden_layers=3)), rank=2, alpha=2.0, dropout=0.0)
         return started(load_model(resolve(str(target))), sizes, "random", {}, EXAMPLES)
 
     def make_trainer(model: Any, arguments: dict[str, Any]) -> Any:

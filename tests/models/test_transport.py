@@ -14,6 +14,7 @@ from torch import Tensor
 from pkt_stages.artifacts import write_json
 from pkt_stages.core.transport import proportional_pairs
 from pkt_stages.methods.theseus import Params, fitted, fitted_maps
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.correlation import FINAL, LIST, Correlation, correlate, write_pair
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.transport import at_input, opened, transported
@@ -62,7 +63,7 @@ def sums(
     models = [load_model(resolve(str(at)), dtype="float32").double() for at in (sources[0], MODELS / "target")]
     ids: list[list[int]] = theseus["llama.ids"].tolist()
     pairs = [(layer, layer) for layer in range(4)]
-    for pair, found in correlate(models, [ids[:4], ids[4:]], pairs, grams=True).items():
+    for pair, found in correlate(models, [[Batch(some)] * 2 for some in (ids[:4], ids[4:])], pairs, grams=True).items():
         write_pair(folder, pair, found, "float64", {})
     meta = {"pairs": pairs, "num_tokens": theseus["llama.ids"].numel(), "params": {"grams": True}}
     write_json(folder / LIST, meta)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pkt_stages.encoding import Encoded, encode
+from pkt_stages.encoding import Encoded, encode, tokens_at
 from pkt_stages.examples import read_examples
 from pkt_stages.models import trainer
 from pkt_stages.models.distillation import collate_with_prompts
 from pkt_stages.models.load import load_model, load_tokenizer, resolve
 from pkt_stages.stages.distill import DistillParams
+from pkt_stages.templates import render_prompt
+from tests import tokenizers
 from tests.conftest import make_model, write_examples
 from tests.stages.selection_files import options
 
@@ -227,7 +229,8 @@ def test_another_vocabulary_is_an_error(pkt: Run, paths: dict[str, Path], tmp_pa
     a, b = sorted((vocabulary["A"], vocabulary["B"]))
     assert err == (
         f"pkt: error: source and target must share their vocabulary: token 'A' is number {b} of 261 in the source,"
-        f" {a} of 261 in the target; use `pkt generate` and `pkt finetune` (SeqKD) instead\n"
+        f" {a} of 261 in the target; use objective uld, or `pkt generate` and `pkt finetune` (SeqKD),"
+        " instead\n"
     )
     assert not paths["out"].exists()
 
@@ -261,3 +264,84 @@ def test_prompts_stand_on_the_right_edge() -> None:
     assert batch["labels"].tolist() == [[-100, -100, -100, 9, 1], [-100, 5, 1, -100, -100]]
     assert batch["prompts"].tolist() == [[0, 7, 8], [2, 2, 0]]
     assert batch["prompt_attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# --- two tokenizers ---------------------------------------------------------------------------------------------------
+
+TEXTS = ["It costs €12 🙂.", "The café is naïve.", "1234567 + 89"]
+
+
+@pytest.fixture
+def apart(tmp_path: Path, paths: dict[str, Path]) -> dict[str, Path]:
+    """A source and a target with other tokens, and another number of them."""
+    for name, kind, size in (("source", "metaspace", 400), ("target", "bytes", 360)):
+        folder = make_model(tmp_path / name, seed=size, vocab_size=size)
+        tokenizers.save(folder, kind)
+        paths[name] = folder
+    paths["train"] = write_examples(tmp_path / "train.jsonl", TEXTS)
+    return paths
+
+
+def groups(tokenizer: Any, prompt: str, answer: str) -> list[tuple[int, int]]:
+    """Tokens of an answer with the character behind each, 0 inside one: by reading on until it is whole."""
+    ids, spans = tokens_at(tokenizer, prompt + answer)
+    first = next(i for i, (start, end) in enumerate(spans) if start >= len(prompt) and end > start)
+    found = []
+    for i in range(first, len(ids)):
+        whole = "\ufffd" not in tokenizer.decode(ids[first : i + 1], skip_special_tokens=True)
+        last = i + 1 == len(ids) or spans[i + 1][1] != spans[i][1]
+        assert whole == last
+        found.append((i, spans[i][1] - len(prompt) if whole else 0))
+    return found
+
+
+def answer_probabilities(
+    model: Any, tokenizer: Any, example: Any
+) -> tuple[list[tuple[int, int]], torch.Tensor, list[int]]:
+    prompt = render_prompt(tokenizer, "chat", example.prompt)
+    ids, _ = tokens_at(tokenizer, prompt + example.answer)
+    with torch.no_grad():
+        return groups(tokenizer, prompt, example.answer), model(torch.tensor([ids])).logits[0].softmax(-1), ids
+
+
+def test_uld_is_the_distance_of_sorted_probabilities(pkt: Run, apart: dict[str, Path]) -> None:
+    """In float64 and loops: where both end at a character, a group's last distribution times what came before."""
+    status, _, err = distill(pkt, apart, "--objective", "uld", "--epochs", "1")
+    assert status == 0, err
+    sides = [(double(apart[name]), load_tokenizer(resolve(str(apart[name])))) for name in ("target", "source")]
+    losses = []
+    for example in read_examples(apart["train"]):
+        read = [answer_probabilities(model, tokenizer, example) for model, tokenizer in sides]
+        ends = [{end for _, end in tokens if end} for tokens, _, _ in read]
+        common = sorted(ends[0] & ends[1])
+        assert common[-1] == len(example.answer) and len(common) < max(len(tokens) for tokens, _, _ in read)
+        merged: list[list[torch.Tensor]] = []
+        for tokens, p, ids in read:
+            merged.append([])
+            certain = torch.tensor(1.0).double()
+            for i, end in tokens:
+                if end in common:
+                    merged[-1].append((certain * p[i - 1]).sort(descending=True).values)
+                    certain = torch.tensor(1.0).double()
+                else:
+                    certain = certain * p[i - 1, ids[i]].clamp_min(1e-8)
+        total = 0.0
+        for ours, theirs in zip(*merged, strict=True):
+            padded = torch.zeros(400, dtype=torch.float64)
+            padded[:360] = ours
+            total += float((padded - theirs).abs().sum())
+        losses.append(total / len(common))
+    assert record(apart)["loss_by_step"][0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    first = contents(apart)
+    assert (apart["out"] / "seed_0" / "adapter_model.safetensors").is_file()
+    for other in ("kd", "gkd"):
+        status, _, err = distill(pkt, apart, "--objective", other)
+        assert status == 2 and "use objective uld, or `pkt generate` and `pkt finetune` (SeqKD), instead" in err
+    assert contents(apart) == first
+
+
+def test_uld_needs_tokenizers_that_read_the_same(pkt: Run, apart: dict[str, Path]) -> None:
+    tokenizers.save(apart["source"], "lower")
+    status, _, err = distill(pkt, apart, "--objective", "uld")
+    assert status == 2 and err.startswith(f"pkt: error: example toy_0: {apart['target']} reads 'It costs €12 🙂.', ")
+    assert not apart["out"].exists()
