@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -151,6 +152,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Where models and data go.")] = Path("data/real_small"),
 ) -> None:
     """Make the models and data of profile `real_small`; what is there already stays."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("the package gguf is missing, which transformers reads GGUF files with; install gguf==0.19.0")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         for name, requirements, ending, sha256, template in (
@@ -168,4 +171,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"real_small: error: {error}")
