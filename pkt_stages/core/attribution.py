@@ -29,10 +29,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Neurons and vocabulary entries of one tile of G: a CPU's tile stays in its cache, a GPU's fills its multiprocessors.
-TILES = {"cpu": (512, 1024), "cuda": (16384, 8192)}
+TILES = {"cpu": (384, 1024), "cuda": (16384, 8192)}
 PLAIN_TILE = {"cpu": 2**22, "cuda": 2**28}  # entries of G held at a time on the plain path
 WIDE_TILE = 8192  # rows of U that are widened to float64 at a time on the plain path
-MEAN_TILE = 1024  # the same for the mean of the rest
+MEAN_TILE = 256  # the same for the mean of the rest, where they stay in a cache
 LENS_TILE = 2**24  # logits of vectors that are held at a time
 NUM_EXACT = 8  # tokens of each example that are taken one by one
 # What rounding may do to E_q[G^k], relative to E_q[|G|^k]: float32 sums over a vocabulary, or a tensor core's.
