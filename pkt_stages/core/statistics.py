@@ -52,6 +52,19 @@ def standard_error(values: Float[Tensor, " n"]) -> float:
     return float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else 0.0
 
 
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's (1927) 95 % score interval of a share, of `successes` among `n` independent trials, as shares.
+
+    Raises:
+        ValueError: without a trial.
+    """
+    if n < 1:
+        raise ValueError("no trial")
+    share, spread = successes / n, z * z / n
+    middle, half = share + spread / 2, (spread * share * (1 - share) + spread * spread / 4) ** 0.5
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
 def mean_and_deviation(values: Float[Tensor, " run"]) -> tuple[float, float | None]:
     """Mean over runs and their standard deviation (n - 1), None for a single run.
 

@@ -165,15 +165,20 @@ def publish(
 
 
 def summary(trained: Mapping[int, Trained]) -> dict[str, Any]:
-    """What the metrics say about the seeds: each one's record with its losses by step, and means over the seeds."""
+    """What the metrics say about the seeds: each one's record with its losses by step, and means over the seeds.
+
+    `curve`, the mean loss by step, is a list of records because that is what `dvc plots` draws.
+    """
     losses = [result.record["loss_by_epoch"] for result in trained.values()]
     seeds = {
         str(seed): {name: value for name, value in result.record.items() if name != "steps"}
         | {"loss_by_step": [step["loss"] for step in result.record["steps"]]}
         for seed, result in trained.items()
     }
+    steps = zip(*(record["loss_by_step"] for record in seeds.values()), strict=True)
     return {
         "seeds": seeds,
+        "curve": [{"step": number, "loss": sum(step) / len(step)} for number, step in enumerate(steps, start=1)],
         "first_epoch_loss": sum(loss[0] for loss in losses) / len(losses),
         "last_epoch_loss": sum(loss[-1] for loss in losses) / len(losses),
         "units": {"loss": "nats per supervised token"},

@@ -34,19 +34,22 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `wide` drawings take the whole width, others stand side by side."""
+    """A part of the page."""
 
     title: str
     text: str
     drawings: list[Drawing] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
-    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Two models, or the target before and after a method; `change` says what tells the second from the first."""
+    """Two models, or the target before and after a method; `change` says what tells the second from the first.
 
+    `name` is the pair's, or that of the method, its source and the task: a part of names of files.
+    """
+
+    name: str
     first: str
     second: str
     both: str
@@ -66,8 +69,8 @@ def compared(folder: Folder, profile: Profile, titles: Mapping[str, str], tasks:
     found = []
     for name, pair in profile.pairs.items():
         first, second = pair["first"], pair["second"]
-        metrics = folder.read("compare", "models", name, keys=COMPARISON)
-        found.append(Compared(first, second, f"{first} and {second}", f"{second} - {first}", metrics))
+        if metrics := folder.read("compare", "models", name, keys=COMPARISON):
+            found.append(Compared(name, first, second, f"{first} and {second}", f"{second} - {first}", metrics))
     by_source = [profile.method(name) for key in ("methods", "seeking") for name in profile.analysed[key]]
     listed = [(method, source) for source in profile.analysed["source"] for method in by_source]
     listed += [(profile.method(name), "") for name in profile.analysed["target_methods"]]
@@ -75,9 +78,10 @@ def compared(folder: Folder, profile: Profile, titles: Mapping[str, str], tasks:
         for method, source in listed:
             more = f", from {source}" if source and len(profile.analysed["source"]) > 1 else ""
             label = f"{titles[method.name]}, {tasks[task]}{more}"
-            metrics = folder.read("compare", *method.folder(source), task, keys=COMPARISON)
-            both = f"target before and after {label}"
-            found.append(Compared(profile.target, "the changed target", both, label, metrics))
+            below = (*method.folder(source), task)
+            if metrics := folder.read("compare", *below, keys=COMPARISON):
+                both = f"target before and after {label}"
+                found.append(Compared("_".join(below), profile.target, "the changed target", both, label, metrics))
     return found
 
 
@@ -91,11 +95,11 @@ def _cka(comparisons: Sequence[Compared]) -> Section | None:
     if not comparisons:
         return None
     drawings, rows = [], []
-    for number, compared in enumerate(comparisons):
+    for compared in comparisons:
         values = {site: compared.metrics["cka"][site] for site in SITE_TITLES}
-        alt = f"CKA of {compared.both}, every layer with every layer"
-        png = figures.cka_maps(compared.both, values, compared.first, compared.second)
-        drawings.append(Drawing(f"cka_{number:02d}", png, alt))
+        caption = f"Linear CKA of {compared.both}, every layer with every layer, by projection."
+        image = figures.cka_maps(compared.both, values, compared.first, compared.second)
+        drawings.append(Drawing(f"cka_{compared.name}", image, caption, wide=True))
         square = len(values["ffn_up"]) == len(values["ffn_up"][0])
         means = [fmean(x for row in values[site] for x in row) for site in SITE_TITLES]
         same = [fmean(values[site][i][i] for i in range(len(values[site]))) for site in SITE_TITLES] if square else []
@@ -113,15 +117,16 @@ def _cka(comparisons: Sequence[Compared]) -> Section | None:
         f" {lowest}."
         " Models that share their weights' history (base and chat, target before and after) are the yardstick."
     )
-    return Section("Do the models compute alike? (CKA)", text, drawings, [Grid(heads, rows)], wide=True)
+    return Section("Do the models compute alike? (CKA)", text, drawings, [Grid(heads, rows)])
 
 
 def _similarity(comparisons: Sequence[Compared]) -> Section | None:
-    alike = [(compared.change, found) for compared in comparisons if (found := compared.metrics["similarity"])]
+    alike = [(compared, found) for compared in comparisons if (found := compared.metrics["similarity"])]
     if not alike:
         return None
     drawings, rows = [], []
-    for number, (label, found) in enumerate(alike):
+    for compared, found in alike:
+        label = compared.change
         panels: dict[str, dict[str, list[float]]] = {}
         for site in SITE_TITLES:
             panels[site] = {
@@ -130,9 +135,12 @@ def _similarity(comparisons: Sequence[Compared]) -> Section | None:
                 for moment, when in MOMENTS.items()
                 if f"{site}.{moment}.{key}" in found
             }
-        alt = f"Cosine similarity by layer of the update of {label}"
-        png = figures.similarity_by_layer(f"{label}: cosine of the update ΔW and ...", panels)
-        drawings.append(Drawing(f"similarity_{number:02d}", png, alt))
+        caption = (
+            f"{label}: cosine similarity by layer between the update ΔW and what the legend names (the target's weight"
+            " W, the base that the adapter was trained on, the source's sub-matrix), at the start and after training."
+        )
+        image = figures.similarity_by_layer(f"{label}: cosine of the update ΔW and ...", panels)
+        drawings.append(Drawing(f"similarity_{compared.name}", image, caption, wide=True))
         for what in panels["ffn_up"]:
             rows.append([f"{label}: {what}", *(f"{fmean(panels[site][what]):+.3f}" for site in SITE_TITLES)])
     text = (
@@ -142,17 +150,19 @@ def _similarity(comparisons: Sequence[Compared]) -> Section | None:
         " holds its negative: the paper's opposite patterns."
     )
     heads = ["mean over layers", *SITE_TITLES.values()]
-    return Section("What do the adapters resemble?", text, drawings, [Grid(heads, rows)], wide=True)
+    return Section("What do the adapters resemble?", text, drawings, [Grid(heads, rows)])
 
 
 def _deltas(comparisons: Sequence[Compared]) -> Section | None:
-    items = [(compared.change, found) for compared in comparisons if (found := compared.metrics["ranges"])]
+    items = [(compared, found) for compared in comparisons if (found := compared.metrics["ranges"])]
     if not items:
         return None
     drawings, rows = [], []
-    for number, (label, found) in enumerate(items):
-        png = figures.delta_histogram(label, found["edges"], found["counts"], found["within"], found["beyond"])
-        drawings.append(Drawing(f"deltas_{number:02d}", png, f"Histogram of the entries of the delta: {label}"))
+    for compared, found in items:
+        label = compared.change
+        image = figures.delta_histogram(label, found["edges"], found["counts"], found["within"], found["beyond"])
+        caption = f"{label}: how many entries of the change have which size (both signs, logarithmic)."
+        drawings.append(Drawing(f"deltas_{compared.name}", image, caption))
         o = found["overall"]
         rows.append(
             [

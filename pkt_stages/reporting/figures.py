@@ -1,4 +1,4 @@
-"""Every figure of the report, from plain numbers to PNG bytes: matplotlib without a display, equal bytes each time.
+"""Every figure of the report, from plain numbers to an image: matplotlib without a display, equal bytes each time.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; what a colour says, a shape or a dash says as well, so
 that the figures read the same in print.
@@ -20,18 +20,27 @@ CLOSE = {"points": 5.0, "nats": 0.05}
 SITE_TITLES = {"ffn_up": "up_proj", "ffn_down": "down_proj", "attn_v": "v_proj", "attn_o": "o_proj"}
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: the name of its file, the image, what it shows in words, and whether it takes the whole width."""
+@dataclass
+class Image:
+    """The same drawing as bytes of a PNG, an SVG and a PDF file; filled once it is drawn."""
 
-    name: str
-    png: bytes
-    alt: str
-    wide: bool = False
+    png: bytes = b""
+    svg: bytes = b""
+    pdf: bytes = b""
 
     @property
     def base64(self) -> str:
         return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: the name of its files, the image, its caption, and whether it takes the whole width."""
+
+    name: str
+    image: Image
+    caption: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,6 @@ class Line:
     label: str
     kind: str
     points: list[tuple[int, float, float]]
-
-
-@dataclass
-class Png:
-    """An image that is being drawn; `data` is filled in the end."""
-
-    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Interval:
     marked: bool
 
 
-def forest(title: str, intervals: Sequence[Interval], unit: str) -> bytes:
+def forest(title: str, intervals: Sequence[Interval], unit: str) -> Image:
     """Differences to the target with their intervals, one line each; on the right what lies close to zero.
 
     Filled markers are differences that a test supports.
@@ -73,7 +75,7 @@ def forest(title: str, intervals: Sequence[Interval], unit: str) -> bytes:
     groups = [interval.group for interval in intervals]
     # Half a line of space between groups.
     heights = [-i - 0.5 * len(set(groups[: i + 1])) for i in range(len(groups))]
-    with _png((6.4, 0.9 + 0.26 * (heights[0] - heights[-1] + 1)), 1, 2) as (axes, image):
+    with _drawn((6.4, 0.9 + 0.26 * (heights[0] - heights[-1] + 1)), 1, 2) as (axes, image):
         for axis in axes:
             axis.axvline(0, color=GREY, linewidth=1)
             axis.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -93,19 +95,19 @@ def forest(title: str, intervals: Sequence[Interval], unit: str) -> bytes:
         whole.set_title(title, fontsize=11)
         close.set_title(f"within {near:g} {unit}", fontsize=9)
         whole.set_xlabel(f"{unit} above the target")
-    return image.data
+    return image
 
 
 LOWEST = -0.5  # of the recovered gaps that are drawn; what is lower stands at the edge as an arrow
 
 
-def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> bytes:
+def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> Image:
     """Recovered gap against source, a panel per measure and a line per row; ceilings are dashed without markers."""
     # Many sources need the whole width, one panel below the other.
     rows, columns = (len(panels), 1) if len(sources) > 4 else (1, len(panels))
     ends = [share + 2 * error for lines in panels.values() for one in lines for _, share, error in one.points]
     highest = max(ends, default=0.0)
-    with _png((9.6, 1.2 + 3.4 * rows), rows, columns) as (axes, image):
+    with _drawn((9.6, 1.2 + 3.4 * rows), rows, columns) as (axes, image):
         for axis, (name, lines) in zip(axes, panels.items(), strict=True):
             axis.axhline(0, color="black", linewidth=1)
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -160,12 +162,12 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> byte
         axes[0].figure.legend(
             list(named.values()), list(named), loc="outside lower center", ncol=4, fontsize=8, frameon=False
         )
-    return image.data
+    return image
 
 
-def losses(title: str, values: Sequence[float], chosen: int) -> bytes:
+def losses(title: str, values: Sequence[float], chosen: int) -> Image:
     """Held-out loss against alignment step; `values[0]` is the untouched target's."""
-    with _png((5.0, 3.2), 1, 1) as ((axis,), image):
+    with _drawn((5.0, 3.2), 1, 1) as ((axis,), image):
         axis.plot(range(len(values)), values, "o-", color=BLUE)
         axis.plot([chosen], [values[chosen]], "s", markersize=10, fillstyle="none", color=ORANGE)
         axis.axhline(values[0], linestyle=":", color=GREY, linewidth=1)
@@ -174,13 +176,13 @@ def losses(title: str, values: Sequence[float], chosen: int) -> bytes:
         axis.set_ylabel("held-out answer loss (nats)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.ticklabel_format(axis="y", useOffset=False)
-    return image.data
+    return image
 
 
-def score_by_step(title: str, scores: Sequence[Sequence[float]], chosen: int, target: float) -> bytes:
+def score_by_step(title: str, scores: Sequence[Sequence[float]], chosen: int, target: float) -> Image:
     """Score after every alignment step, one line per unseen example; the target's score dotted."""
     steps = range(1, len(scores) + 1)
-    with _png((5.0, 3.2), 1, 1) as ((axis,), image):
+    with _drawn((5.0, 3.2), 1, 1) as ((axis,), image):
         for run, (line, colour) in zip(zip(*scores, strict=True), _styles(), strict=False):
             axis.plot(steps, run, line + "o", color=colour, markersize=4, linewidth=1.2)
         axis.axhline(target, linestyle=":", color="black", linewidth=1.2)
@@ -189,16 +191,16 @@ def score_by_step(title: str, scores: Sequence[Sequence[float]], chosen: int, ta
         axis.set_xlabel("alignment step (grey: chosen on held-out examples)")
         axis.set_ylabel("test score (%)")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return image.data
+    return image
 
 
-def cka_maps(title: str, maps: Mapping[str, Sequence[Sequence[float]]], first: str, second: str) -> bytes:
+def cka_maps(title: str, maps: Mapping[str, Sequence[Sequence[float]]], first: str, second: str) -> Image:
     """Similarity of every pair of layers, one map per site; small maps show their numbers."""
     some = next(iter(maps.values()))
     rows, columns = len(some), len(some[0])
     small = rows * columns <= 64
     side = 1.9 if small else 2.6
-    with _png((4 * side + 1.2, side * min(1.5, max(0.7, rows / columns)) + 1.1), 1, len(maps)) as (axes, image):
+    with _drawn((4 * side + 1.2, side * min(1.5, max(0.7, rows / columns)) + 1.1), 1, len(maps)) as (axes, image):
         for axis, (site, values) in zip(axes, maps.items(), strict=True):
             drawn = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
             axis.set_title(SITE_TITLES.get(site, site), fontsize=10)
@@ -213,12 +215,12 @@ def cka_maps(title: str, maps: Mapping[str, Sequence[Sequence[float]]], first: s
         axes[0].set_ylabel(f"layer of {first}", fontsize=8)
         axes[0].figure.suptitle(title, fontsize=11)
         axes[0].figure.colorbar(drawn, ax=axes[-1], fraction=0.06, label="linear CKA")
-    return image.data
+    return image
 
 
-def similarity_by_layer(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+def similarity_by_layer(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Image:
     """Cosine similarity against layer, one panel per site; `panels[site][what]` are values by layer."""
-    with _png((9.6, 2.9), 1, len(panels)) as (axes, image):
+    with _drawn((9.6, 2.9), 1, len(panels)) as (axes, image):
         for axis, (site, lines) in zip(axes, panels.items(), strict=True):
             for (what, values), (line, colour), marker in zip(lines.items(), _styles(), "os^Dvx", strict=False):
                 axis.plot(range(len(values)), values, line + marker, color=colour, label=what, markersize=4.5)
@@ -231,15 +233,15 @@ def similarity_by_layer(title: str, panels: Mapping[str, Mapping[str, Sequence[f
         axes[0].figure.suptitle(title, fontsize=11)
         handles, names = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, names, loc="outside lower center", ncol=3, fontsize=8, frameon=False)
-    return image.data
+    return image
 
 
-def delta_histogram(title: str, edges: Sequence[float], counts: Sequence[int], within: float, beyond: float) -> bytes:
+def delta_histogram(title: str, edges: Sequence[float], counts: Sequence[int], within: float, beyond: float) -> Image:
     """Share of a delta's entries by their signed size on logarithmic axes, with the paper's two marks."""
     middle = len(edges) // 2
     smallest = edges[middle]
     total = sum(counts)
-    with _png((5.0, 3.0), 1, 1) as ((axis,), image):
+    with _drawn((5.0, 3.0), 1, 1) as ((axis,), image):
         shares = [100 * count / total for count in counts[1:-1]]
         axis.stairs(shares, edges, fill=True, color=BLUE, alpha=0.85)
         axis.set_xscale("symlog", linthresh=smallest, linscale=0.3)
@@ -251,7 +253,7 @@ def delta_histogram(title: str, edges: Sequence[float], counts: Sequence[int], w
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"entry of the delta (dashed ±{within}, dotted ±{beyond})", fontsize=9)
         axis.set_ylabel("entries per bin (%)", fontsize=9)
-    return image.data
+    return image
 
 
 def _styles() -> Iterator[tuple[str, str]]:
@@ -259,16 +261,24 @@ def _styles() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _png(size: tuple[float, float], rows: int, columns: int) -> Iterator[tuple[list[Any], Png]]:
+def _drawn(size: tuple[float, float], rows: int, columns: int) -> Iterator[tuple[list[Any], Image]]:
     """Axes to draw on in a figure of `size` inches, row by row; afterwards the image holds them."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure, image = Figure(figsize=size, dpi=180, layout="constrained"), Png()
+    figure, image = Figure(figsize=size, dpi=180, layout="constrained"), Image()
     axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axis in axes:
         axis.tick_params(labelsize=9)
     yield axes, image
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
-    image.data = stream.getvalue()
+    png, svg, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it is laid out: the other formats have the same places, at no further cost
+    # Neither dates nor random names, so that equal figures are equal bytes; text that a PDF's reader can select.
+    with matplotlib.rc_context({"svg.hashsalt": "", "pdf.fonttype": 42}):
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+        FigureCanvasPdf(figure).print_pdf(pdf, metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    image.png, image.svg, image.pdf = png.getvalue(), svg.getvalue(), pdf.getvalue()

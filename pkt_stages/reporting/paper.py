@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -9,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pkt_stages.profile import Method
 from pkt_stages.reporting.measure import POINTS
 from pkt_stages.reporting.table import Cell, Difference, Row, corrected, difference
 
@@ -91,6 +94,23 @@ def titles(methods: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def descriptions(methods: Iterable[Method]) -> dict[str, str]:
+    """What each row is, in one line: as paper.yaml says, else as its code's file begins; nothing where neither does."""
+    known = _content()["rows"]
+    found = {}
+    for method in methods:
+        named = max((name for name in known if f"{method.name}_".startswith(f"{name}_")), key=len, default=None)
+        found[method.name] = known[named] if named else _first_sentence(method.code) if method.code else ""
+    return found
+
+
+def _first_sentence(code: str) -> str:
+    """Of a file of pkt_stages/methods, without the references in parentheses."""
+    text = files("pkt_stages.methods").joinpath(f"{code}.py").read_text(encoding="utf-8")
+    sentence = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    return re.sub(r"\s*\([^)]*\)", "", " ".join(sentence.split()))
+
+
 def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Claim]:
     """The claims (`claims` of the paper, or `controls`) whose two rows are there, each tested on every task.
 
@@ -104,8 +124,8 @@ def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Clai
         if claim["row"] not in metrics or claim["other"] not in metrics:
             continue
         for task in tasks:
-            both = [metrics[claim[side]][task] for side in ("row", "other")]
-            if all(map(POINTS.measured, both)):
+            both = [metrics[claim[side]][task] for side in ("row", "other") if task in metrics[claim[side]]]
+            if len(both) == 2 and all(map(POINTS.measured, both)):
                 row, other = map(POINTS.results, both)
                 found.append((claim, task))
                 compared.append((difference(row, other, POINTS), row, other))

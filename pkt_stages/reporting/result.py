@@ -11,7 +11,7 @@ from pkt_stages.profile import GROUPS, Method, Profile, chat_model
 from pkt_stages.reporting import figures
 from pkt_stages.reporting.figures import Drawing
 from pkt_stages.reporting.measure import NATS, POINTS, Measure
-from pkt_stages.reporting.paper import Claim, claims
+from pkt_stages.reporting.paper import Claim, claims, descriptions
 from pkt_stages.reporting.reading import Folder
 from pkt_stages.reporting.table import MODELS, Head, Row, table
 
@@ -27,6 +27,7 @@ class Result:
     Attributes:
         points, nats: the rows, measured either way.
         metrics: of the evaluations by row and task.
+        descriptions: what each row is, one line, by name.
         alignments: metrics by method and task.
         steps: evaluations after every step of an alignment, by method and task.
     """
@@ -36,6 +37,7 @@ class Result:
     points: list[Row]
     nats: list[Row]
     metrics: dict[str, dict[str, dict[str, Any]]]
+    descriptions: Mapping[str, str]
     alignments: dict[str, dict[str, Any]]
     steps: dict[str, dict[str, Any]]
     claims: list[Claim]
@@ -89,11 +91,12 @@ class Result:
         kinds = {MODELS: "model", CONTROLS: "control"}
         for task, title in tasks.items():
             # Where nothing was generated, what there is.
-            measure, rows = next(
-                (m, found)
-                for m, found in ((POINTS, self.points), (NATS, self.nats))
-                if any(task in r.cells for r in found)
-            )
+            shown = [
+                (m, r) for m, r in ((POINTS, self.points), (NATS, self.nats)) if any(row.versus(task) for row in r)
+            ]
+            if not shown:
+                continue
+            measure, rows = shown[0]
             intervals = [
                 figures.Interval(
                     label=row.label,
@@ -107,25 +110,39 @@ class Result:
                 for row in rows
                 if (versus := row.versus(task)) is not None
             ]
-            alt = f"{title}: difference to the target with its 95 % interval, one line per row; numbers in the table"
-            png = figures.forest(title, intervals, measure.name)
-            made["forest"].append(Drawing(f"{pair}_differences_{task}", png, alt))
+            caption = (
+                f"{title}, {self.source} to {self.target}: difference to the target in {measure.name}, with its 95 %"
+                " interval. Filled: p < .05 after Holm's correction; square: the source; circle: a method; diamond: a"
+                " control. Right: what lies close to zero."
+            )
+            image = figures.forest(title, intervals, measure.name)
+            made["forest"].append(Drawing(f"{pair}_differences_{task}", image, caption))
         for method, by_task in self.shown.items():
             for task, found in by_task.items():
                 values = [found["validation_loss_without_delta"], *(step["validation_loss"] for step in found["steps"])]
                 title = f"{self.named[method].label}, {tasks[task]}"
-                png = figures.losses(title, values, found["chosen_step"])
-                made["losses"].append(Drawing(f"{pair}_loss_{method}_{task}", png, f"{title}: held-out loss by step"))
+                image = figures.losses(title, values, found["chosen_step"])
+                caption = (
+                    f"{title}, from {self.source}: answer loss on held-out align examples after each alignment step"
+                    " (circles), of the untouched target (dotted), and the step that was chosen on it (square)."
+                )
+                made["losses"].append(Drawing(f"{pair}_loss_{method}_{task}", image, caption))
         for method, by_task in self.steps.items():
             for task, found in by_task.items():
+                if task not in self.alignments[method] or task not in self.named["target"].cells:
+                    continue  # of a partial look
                 steps: dict[str, list[float]] = {}
                 for one in found["runs"]:
                     steps.setdefault(one["label"].split("/")[0], []).append(one["score"])
                 title = f"{self.named[method].label}, {tasks[task]}"
                 chosen = self.alignments[method][task]["chosen_step"]
                 target = self.named["target"].cells[task].mean
-                png = figures.score_by_step(title, list(steps.values()), chosen, target)
-                made["steps"].append(Drawing(f"{pair}_steps_{method}_{task}", png, f"{title}: test score by step"))
+                image = figures.score_by_step(title, list(steps.values()), chosen, target)
+                caption = (
+                    f"{title}, from {self.source}: test score with the delta of every alignment step, one line per"
+                    " unseen example; dotted: the target; grey: the chosen step."
+                )
+                made["steps"].append(Drawing(f"{pair}_steps_{method}_{task}", image, caption))
         return made
 
 
@@ -152,6 +169,7 @@ def result(
         points=table(heads, found, target, POINTS),
         nats=table(heads, found, target, NATS),
         metrics=found,
+        descriptions=descriptions(methods),
         alignments={
             method.name: analysed.by_task(tasks, "align", *method.folder(source), keys=ALIGNMENT)
             for method in own

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages.errors import UserError
-from pkt_stages.reporting.measure import Measure
+from pkt_stages.reporting.measure import POINTS, Measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,9 @@ POWER = 0.8
 SEED = 0
 NOTE = (
     "Difference to the target ± its standard error. ▲ higher, ▼ lower than the target, with p < .05 (McNemar's"
-    " test for\none run of answers, else sign-flip test; after Holm's correction over the rows). Else no difference is"
-    " shown, and ≥x\nsays from which true difference on one would have been, with 80 % power.\n"
+    " test for\none run of answers, else sign-flip test; after Holm's correction, the family being the rows of one"
+    " table on one task).\nElse no difference is shown, and ≥x says from which true difference on one would have been,"
+    " with 80 % power.\n"
 )
 
 
@@ -115,7 +116,9 @@ class Cell:
 
     `mean` and `stderr` are of the mean over test examples, each example's value being its mean over the runs; `runs`
     are the means of the runs (seeds, or LaTen's unseen examples) and `spread` their standard deviation, None for one
-    run. `versus` is the difference to the target, None for the target itself.
+    run. `run_stderrs` are the standard errors of each run. `bounds` is Wilson's 95 % interval of a score where all
+    or no answers are right in every run, None else: there the standard error is 0 and says nothing. `versus` is the
+    difference to the target, None for the target itself.
     """
 
     mean: float
@@ -125,6 +128,8 @@ class Cell:
     spread: float | None
     versus: Difference | None
     digits: int = 1
+    run_stderrs: dict[str, float] = field(default_factory=dict)
+    bounds: tuple[float, float] | None = None
 
     @property
     def mean_text(self) -> str:
@@ -134,9 +139,18 @@ class Cell:
     def stderr_text(self) -> str:
         return f"{self.stderr:.{self.digits}f}"
 
+    @property
+    def bounds_text(self) -> str:
+        """Where all or none are right, what the true score may be, `≤1.5` or `≥98.5`; else nothing."""
+        if self.bounds is None:
+            return ""
+        return f"≤{self.bounds[1]:.1f}" if self.mean < 50 else f"≥{self.bounds[0]:.1f}"
+
     def text(self) -> str:
         spread = f" ({compact(self.spread, self.digits)})" if self.spread is not None else ""
-        return f"{compact(self.mean, self.digits)} ±{compact(self.stderr, self.digits)}{spread}"
+        return (
+            f"{compact(self.mean, self.digits)} {self.bounds_text or f'±{compact(self.stderr, self.digits)}'}{spread}"
+        )
 
 
 @dataclass(frozen=True)
@@ -168,15 +182,20 @@ class Row(Head):
 
 
 def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None, measure: Measure) -> Cell:
-    """One cell from an evaluation's metrics, and the target's (None for the target itself).
+    """One cell from an evaluation's metrics, and the target's (None for the target itself, or if it has none yet).
 
     Raises:
         UserError: naming the row, if its examples or its settings are not the target's.
     """
-    from pkt_stages.core.statistics import mean_and_deviation, standard_error
+    from pkt_stages.core.statistics import mean_and_deviation, standard_error, wilson
 
     found = measure.results(metrics)
+    labels = [run["label"] for run in metrics["runs"]]
     means = measure.unit * found.mean(1)
+    bounds = None
+    if measure is POINTS and float(found[0, 0]) in (0.0, 1.0) and bool((found == found[0, 0]).all()):
+        low, high = wilson(int(found[0].sum()), found.shape[1])
+        bounds = measure.unit * low, measure.unit * high
     mean, spread = mean_and_deviation(means)
     if target is not None:
         _check_comparable(row, metrics, target, measure)
@@ -184,10 +203,12 @@ def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None, 
         mean=mean,
         stderr=measure.unit * standard_error(found.mean(0)),
         n=found.shape[1],
-        runs={run["label"]: value for run, value in zip(metrics["runs"], means.tolist(), strict=True)},
+        runs=dict(zip(labels, means.tolist(), strict=True)),
         spread=spread,
         versus=difference(found, measure.results(target), measure) if target is not None else None,
         digits=measure.digits,
+        run_stderrs={name: measure.unit * standard_error(run) for name, run in zip(labels, found, strict=True)},
+        bounds=bounds,
     )
 
 
@@ -209,13 +230,16 @@ def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any],
 def table(
     heads: Sequence[Head], metrics: Mapping[str, Mapping[str, dict[str, Any]]], target: str, measure: Measure
 ) -> list[Row]:
-    """The table's rows, in the order of `heads`, from `metrics[slug][task]`; `target` is a slug."""
+    """The table's rows, in the order of `heads`, from `metrics[slug][task]`; `target` is a slug.
+
+    Where the target has no metrics of a task yet, nothing is compared with it.
+    """
     rows = []
     for head in heads:
         cells = {
-            task: summarise(head.slug, found, None if head.slug == target else metrics[target][task], measure)
+            task: summarise(head.slug, found, None if head.slug == target else metrics[target].get(task), measure)
             for task, found in metrics[head.slug].items()
-            if measure.measured(found) and measure.measured(metrics[target][task])
+            if measure.measured(found) and measure.measured(metrics[target].get(task, found))
         }
         rows.append(Row(head.slug, head.group, head.label, cells))
     for task in metrics[target]:
@@ -238,7 +262,13 @@ def markdown(points: list[Row], nats: list[Row], tasks: Mapping[str, str]) -> st
     """
     parts = []
     for rows, what, unit, note in (
-        (points, "score", "in percent", "Score ± standard error over test examples (standard deviation over runs)."),
+        (
+            points,
+            "score",
+            "in percent",
+            "Score ± standard error over test examples (standard deviation over runs); where all or none are right,"
+            "\nWilson's 95 % bound instead.",
+        ),
         (
             nats,
             "log-likelihood",

@@ -1,12 +1,13 @@
-"""What came out, and why? Metrics of every listed model and method -> tables and figures, Markdown, JSON, one page.
+"""What came out, and why? Metrics of every listed model and method -> tables, scores, figures, one page.
 
 Loads no model. What to show stands in the params file; a row that is listed but has no metrics is an error, and so are
-metrics that are not listed (docs/decisions/004). Every row is compared with the target on the same examples; what no
-test supports is not called higher or lower.
+metrics that are not listed (docs/decisions/004), unless a partial look at what there is is asked for. Every row is
+compared with the target on the same examples; what no test supports is not called higher or lower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pkt_stages import tasks
-from pkt_stages.artifacts import write_json, written_whole
+from pkt_stages.artifacts import check_replaceable, replaced_folder, write_json, written_whole
+from pkt_stages.errors import UserError
 from pkt_stages.options import Stopwatch
 from pkt_stages.profile import Profile, read_profile
 
@@ -22,28 +24,38 @@ if TYPE_CHECKING:
     from pkt_stages.reporting.figures import Drawing
     from pkt_stages.reporting.reading import Folder
 
+CAPTIONS = "captions.md"  # beside the figures, by which their folder is known
+
 
 @dataclass(frozen=True)
 class Report:
-    """What is written: the numbers (JSON values), the tables (Markdown), the page (HTML) and its figures."""
+    """What is written: the numbers (JSON values), the tables (Markdown), the page (HTML), its figures in order; and, to
+    take away, the scores (JSON values), all rows (CSV) and the table (LaTeX)."""
 
     summary: str
     numbers: dict[str, Any]
     table: str
     page: str
     drawings: list[Drawing]
+    scores: dict[str, Any]
+    rows: str
+    latex: str
 
 
-def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
+def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -> Report:
     """Everything about a profile, from its metrics.
 
+    Args:
+        code: a fingerprint of the code that the page shows.
+
     Raises:
-        UserError: metrics that are missing, or that are not listed.
+        UserError: metrics that are missing, or that are not listed; neither in a partial look.
     """
-    from pkt_stages.reporting import analysis, paper, table
+    from pkt_stages.reporting import analysis, paper, scores, summary, table
     from pkt_stages.reporting.ladder import MEASURES, drawing, ladder, sentences
     from pkt_stages.reporting.ladder import markdown as climbed
     from pkt_stages.reporting.page import page
+    from pkt_stages.reporting.reading import check_nothing_else
     from pkt_stages.reporting.result import EVALUATION, result
     from pkt_stages.reporting.settings import in_force, used
 
@@ -56,12 +68,20 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
     models |= {name: found for name, found in adopted.items() if name not in taken}
     compared = analysis.compared(analysed, profile, names, titles)
     neurons = [
-        (model, analysed.read("neurons", model, task, keys=("params", "attribution", "examples")))
+        (model, found)
         for task in profile.analysed["task"]
         for model in profile.attributed
+        if (found := analysed.read("neurons", model, task, keys=("params", "attribution", "examples"))) is not None
     ]
-    for folder in (evaluated, analysed):
-        folder.check_nothing_else(profile.path)
+    if not evaluated.partial:
+        check_nothing_else((evaluated, analysed), profile.path)
+    num_missing = len(evaluated.missing | analysed.missing)
+    banner = (
+        f"Partial: {num_missing} of the {len(evaluated.listed | analysed.listed)} metrics that the params list are not"
+        " there yet (a dash each). Holm's correction is over the rows that are there: p-values will rise with the rest."
+        if num_missing
+        else ""
+    )
 
     ladders = []
     if profile.oracle is not None:
@@ -73,18 +93,26 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
     sections = analysis.sections(compared, neurons)
     drawings = climbs + [d for by_kind in drawn for group in by_kind.values() for d in group]
     drawings += [d for section in sections for d in section.drawings]
+    identities = {name: next(iter(by_task.values()))["model"] for name, by_task in models.items() if by_task}
+    said = summary.sentences(profile, results, titles)
     return Report(
         summary=f"{sum(len(r.points) for r in results)} rows on {len(titles)} tasks, {len(drawings)} figures",
         numbers={f"{r.source}-{r.target}": r.numbers() for r in results}
         | ({"recovered": {made.measure.name: made.numbers() for made in ladders}} if ladders else {}),
         table="\n".join(
-            ([climbed(ladders, told)] if ladders else [])
+            ([f"**{banner}**\n"] if banner else [])
+            + [summary.markdown(said)]
+            + ([climbed(ladders, told)] if ladders else [])
             + [f"### {r.source} to {r.target}\n\n{table.markdown(r.points, r.nats, titles)}" for r in results]
         ),
         page=page(
             profile=profile.name,
             oracle=profile.oracle,
             target=profile.target,
+            banner=banner,
+            said=said,
+            facts=summary.facts(profile, results, identities, titles, code),
+            figure={drawing.name: number for number, drawing in enumerate(drawings, start=1)},
             ladders=ladders,
             climbs=climbs,
             told=told,
@@ -92,11 +120,14 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder) -> Report:
             tasks=titles,
             sections=sections,
             paper_tables=paper.tables({(r.source, r.target): r.named for r in results}),
-            models={name: next(iter(by_task.values()))["model"] for name, by_task in models.items()},
+            models=identities,
             in_force=in_force(used(profile, results, titles, compared, neurons)),
             params=profile.path.read_text(encoding="utf-8-sig"),
         ),
         drawings=drawings,
+        scores=scores.flat(profile, results),
+        rows=scores.tidy(results, profile.tasks),
+        latex=scores.latex(results, titles),
     )
 
 
@@ -109,21 +140,54 @@ def report(
             " evaluate/steps/..., and analysis/align, analysis/compare, analysis/neurons."
         ),
     ],
-    html: Annotated[Path, typer.Option(help="Where to write the page.")],
-    figures: Annotated[Path, typer.Option(help="Folder for the figures as PNG files.")],
-    table: Annotated[Path, typer.Option(help="Where to write the tables (Markdown).")],
-    out: Annotated[Path, typer.Option(help="Where to write the numbers (JSON).")],
+    html: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures (PNG, SVG, PDF) and captions.md.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Where to write the tables (Markdown); else they are printed.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the numbers (JSON).")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Where to write a score per row and task (JSON).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Where to write every row, task and run (CSV).")] = None,
+    tex: Annotated[Path | None, typer.Option(help="Where to write the table for a paper (LaTeX, booktabs).")] = None,
+    code: Annotated[Path | None, typer.Option(help="File of `pkt code` whose MD5 the page shows.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Show what there is; rows without metrics have gaps.")
+    ] = False,
 ) -> None:
-    """Draw the results tables, the figures and the page from the metrics."""
+    """Draw the results tables, the figures and the page from the metrics. What no path is given for is not written."""
+    import hashlib
+
     from pkt_stages.reporting.reading import Folder
 
     watch = Stopwatch()
-    made = run(read_profile(params), Folder(results / "evaluate"), Folder(results / "analysis"))
-    write_json(out, made.numbers)
-    for path, text in ((table, made.table), (html, made.page)):
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    for drawing in made.drawings:
-        with written_whole(figures / f"{drawing.name}.png") as temporary:
-            temporary.write_bytes(drawing.png)
-    watch.summary("report", made.summary, html)
+    if figures is not None:
+        check_replaceable(figures, CAPTIONS)
+    if code is not None and not code.is_file():
+        raise UserError(f"{code}: no such file; `dvc repro code` writes it")
+    fingerprint = hashlib.md5(code.read_bytes(), usedforsecurity=False).hexdigest() if code is not None else ""
+    evaluated, analysed = (Folder(results / name, partial=partial) for name in ("evaluate", "analysis"))
+    made = run(read_profile(params), evaluated, analysed, fingerprint)
+    for path, value in ((out, made.numbers), (scores, made.scores)):
+        if path is not None:
+            write_json(path, value)
+    for path, text in ((table, made.table), (html, made.page), (csv, made.rows), (tex, made.latex)):
+        if path is not None:
+            with written_whole(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    if figures is not None:
+        with replaced_folder(figures, CAPTIONS) as folder:
+            write_figures(made.drawings, folder)
+    if table is None:
+        typer.echo(made.table)
+    watch.summary("report", made.summary, html or table or results)
+
+
+def write_figures(drawings: Sequence[Drawing], folder: Path) -> None:
+    """Every figure as PNG, SVG and PDF, and the captions with the page's numbers."""
+    for drawing in drawings:
+        for kind, data in (("png", drawing.image.png), ("svg", drawing.image.svg), ("pdf", drawing.image.pdf)):
+            (folder / f"{drawing.name}.{kind}").write_bytes(data)
+    captions = [f"**Figure {n}** (`{d.name}`). {d.caption}\n" for n, d in enumerate(drawings, start=1)]
+    (folder / CAPTIONS).write_text("\n".join(captions), encoding="utf-8")

@@ -18,6 +18,7 @@ from pkt_stages.core.statistics import (
     paired_bootstrap,
     sign_flip,
     standard_error,
+    wilson,
 )
 
 
@@ -169,3 +170,13 @@ def test_holm_by_hand() -> None:
     assert holm(doubles(0.5, 0.9)).tolist() == [1.0, 1.0]
     assert holm(doubles(0.04)).tolist() == [0.04]
     assert holm(doubles()).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)]
+)
+def test_wilson_s_interval(right: int, n: int, low: float, high: float) -> None:
+    """Against the values of Newcombe's (1998) formula, method 3."""
+    assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+    with pytest.raises(ValueError, match="no trial"):
+        wilson(0, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from tests.pipeline.repository import LATEN as LATEN_ENTRY
-from tests.pipeline.repository import change, dvc, make_repository, ran, run, shrink
+from tests.pipeline.repository import change, dvc, environment, make_repository, ran, run, shrink
 from tests.profiles import add_row, rows
 
 OF = "source-gsm8k"
@@ -162,10 +164,59 @@ def test_a_removed_method_leaves_the_table(copy: Path) -> None:
     assert "LoRA, random init" in (copy / "results/tiny/report.md").read_text()
     assert ran(dvc(copy, "repro")) == {"code", "report"}
     assert "LoRA, random init" not in (copy / "results/tiny/report.md").read_text()
-    # Listed again, it comes back from the cache.
+    # Listed again, what was trained comes back from the cache; its evaluation, whose file is in git alone, runs again.
     (copy / "params.yaml").write_text(before)
-    assert ran(dvc(copy, "repro")) <= {"code", "report"}
+    assert ran(dvc(copy, "repro")) <= {"code", "evaluate_target@postpkt_random-gsm8k", "report"}
     assert "LoRA, random init" in (copy / "results/tiny/report.md").read_text()
+
+
+def test_a_report_that_fails_leaves_the_last_one(copy: Path) -> None:
+    """DVC removes the outputs of a stage before it runs, but for those that persist; the next report mends all."""
+    made = [
+        copy / f"results/tiny/{name}" for name in ("report.md", "report.json", "scores.json", "scores.csv", "table.tex")
+    ]
+    made += [path for folder in ("report", "figures") for path in (copy / "artifacts/tiny" / folder).iterdir()]
+    before = {path: path.read_bytes() for path in made}
+    left = copy / "results/tiny/evaluate/removed/gsm8k.json"
+    left.parent.mkdir()
+    left.write_text("{}")
+    failed = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "-s", "report"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env=environment(copy),
+    )
+    assert failed.returncode != 0 and "rm -r results/tiny/evaluate/removed" in failed.stderr
+    assert {path: path.read_bytes() for path in made} == before
+    assert stale(copy) == {"report"}
+    shutil.rmtree(left.parent)
+    (copy / "artifacts/tiny/figures/of_a_removed_row.png").write_bytes(b"")
+    dvc(copy, "repro", "-s", "-f", "report")
+    assert {path: path.read_bytes() for path in made} == before
+    assert not (copy / "artifacts/tiny/figures/of_a_removed_row.png").exists()
+
+
+def test_dvc_shows_scores_as_metrics_and_losses_as_plots(copy: Path) -> None:
+    shown = json.loads(dvc(copy, "metrics", "show", "--json"))[""]["data"]
+    assert list(shown) == ["results/tiny/scores.json"]
+    scores = shown["results/tiny/scores.json"]["data"]
+    assert scores.keys() == {"source-chat", "target-chat", "laten", "control_random_delta", "postpkt_random"}
+    assert scores["laten"].keys() == {"source"} and scores["laten"]["source"].keys() == {"gsm8k"}
+    drawn = json.loads(dvc(copy, "plots", "show", "--json"))["data"]
+    assert {path: len(plot[0]["content"]["data"]["values"]) for path, plot in drawn.items()} == {
+        "results/tiny/analysis/align/laten/source/gsm8k.json": 2,
+        "results/tiny/train/postpkt_random/gsm8k.json": 2,
+    }
+
+
+def test_a_setting_that_is_set_back_trains_nothing(copy: Path) -> None:
+    before = (copy / "params.yaml").read_text()
+    change(copy, lambda p: p["finetune"].update(lr=1e-4))
+    trained = {"finetune@postpkt_random-gsm8k", "evaluate_target@postpkt_random-gsm8k", "report"}
+    assert ran(dvc(copy, "repro")) == trained
+    (copy / "params.yaml").write_text(before)
+    assert "finetune@postpkt_random-gsm8k" not in ran(dvc(copy, "repro"))
 
 
 def test_a_new_task_reruns_nothing_that_exists(copy: Path) -> None:

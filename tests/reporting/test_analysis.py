@@ -11,7 +11,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.profile import Profile
 from pkt_stages.reporting.analysis import Compared, compared, sections
 from pkt_stages.reporting.paper import titles
-from pkt_stages.reporting.reading import Folder
+from pkt_stages.reporting.reading import Folder, check_nothing_else
 from tests.reporting.metrics import TASKS
 from tests.reporting.metrics import profile as write_profile
 
@@ -75,7 +75,7 @@ def read(folder: Folder, profile: Profile) -> list[Compared]:
 def test_everything_that_is_listed_and_nothing_else(folder: Path, profile: Profile) -> None:
     found = Folder(folder)
     comparisons = read(found, profile)
-    found.check_nothing_else(Path("params.yaml"))
+    check_nothing_else([found], Path("params.yaml"))
     cka, similarity, deltas, neurons = sections(comparisons, [("t", NEURONS)])
     assert [row[0] for row in cka.grids[0].rows] == [
         "s-chat and t",
@@ -95,10 +95,10 @@ def test_everything_that_is_listed_and_nothing_else(folder: Path, profile: Profi
     drawings = [d for section in (cka, similarity, deltas) for d in section.drawings]
     assert len({d.name for d in drawings}) == len(drawings) == 5 + 2 + 4
     for drawing in drawings:
-        width, height = struct.unpack(">II", drawing.png[16:24])
+        width, height = struct.unpack(">II", drawing.image.png[16:24])
         assert width > 600 and height > 300
     again = sections(read(Folder(folder), profile), [])
-    assert [d.png for section in again for d in section.drawings] == [d.png for d in drawings]
+    assert [d.image for section in again for d in section.drawings] == [d.image for d in drawings]
 
 
 def test_a_missing_and_an_unlisted_file(folder: Path, profile: Profile) -> None:
@@ -110,7 +110,7 @@ def test_a_missing_and_an_unlisted_file(folder: Path, profile: Profile) -> None:
     found = Folder(folder)
     read(found, profile)
     with pytest.raises(UserError, match=r"delete them: rm -r \S+/compare/models/old.json"):
-        found.check_nothing_else(Path("params.yaml"))
+        check_nothing_else([found], Path("params.yaml"))
 
 
 def test_metrics_of_another_version_are_named(folder: Path, profile: Profile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_words_tables_and_figure(tmp_path: Path) -> None:
     assert "\n\nRecovered gap, nats, mean over tasks\n\n| recovered, %" in text
     assert "Recovered gap, points, mean over tasks" in text
     drawn = drawing(both)
-    assert drawn.png.startswith(b"\x89PNG") and drawn.png == drawing(both).png
+    assert drawn.image.png.startswith(b"\x89PNG") and drawn.image == drawing(both).image
 
 
 def test_a_task_without_a_gap_has_no_share(tmp_path: Path) -> None:
@@ -150,8 +151,8 @@ def test_the_page_begins_with_it(pkt: Run, tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text()
     assert page.index("What was recovered") < page.index("copy to t") < page.index("far to t")
     assert "<b>copy</b>, in nats: matched transport 100 %" in page
-    assert (tmp_path / "r.md").read_text().startswith("### What was recovered")
-    assert (tmp_path / "figures/recovered_gap.png").is_file()
+    assert re.findall("^### (.*)", (tmp_path / "r.md").read_text(), re.M)[:2] == ["In short", "What was recovered"]
+    assert (tmp_path / "figures/recovered_gap_by_source.png").is_file()
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["recovered"]["nats"]["matched"]["recovered"]["far"]["gsm8k"][0] == pytest.approx(-0.5)
 

@@ -138,11 +138,12 @@ def test_the_tables() -> None:
     assert text.startswith(
         "| score      | runs | GSM8K (n 4)       |\n"
         "|------------|------|-------------------|\n"
-        "| source: s  | 1    | 100.0 ±0.0        |\n"
+        "| source: s  | 1    | 100.0 ≥51.0       |\n"
         "| target: t  | 1    | 50.0 ±28.9        |\n"
         "| **PrePKT** |      |                   |\n"
         "| LaTen      | 2    | 62.5 ±23.9 (17.7) |\n"
-        "\nScore ± standard error over test examples (standard deviation over runs).\n"
+        "\nScore ± standard error over test examples (standard deviation over runs); where all or none are right,"
+        "\nWilson's 95 % bound instead.\n"
         "\n| difference, in percent | GSM8K             |\n"
     )
     # Of four examples no test at .05 / 2 can show anything with right and wrong answers alone.

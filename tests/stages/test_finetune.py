@@ -103,6 +103,7 @@ def test_it_learns_and_the_adapter_fits_the_untouched_target(
             p.numel() for p in load_tensors(paths["out"] / f"seed_{seed}").values()
         )
         assert len(record["loss_by_epoch"]) == 12 and len(record["loss_by_step"]) == 48
+        assert [point["step"] for point in found["curve"]] == list(range(1, 49))
         # The random head's logits are small, so that the loss ends at 1.5 however long the training.
         assert record["loss_by_epoch"][-1] < 2 < 4 < record["loss_by_epoch"][0]
         mean = sum(record["loss_by_step"][4:8]) / 4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import struct
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from pkt_stages.artifacts import write_json
+from pkt_stages.profile import Method
+from pkt_stages.reporting.paper import descriptions
 from tests.reporting.metrics import metrics, params
 
 Run = Callable[..., tuple[int, str, str]]
@@ -20,6 +23,7 @@ MADE_BY = {
     "grid": {"unaligned_top_pca_random": {}},
     "finetune": {"postpkt_random": {}},
 }
+DESCRIPTIONS = descriptions([Method("laten", "align", {})])
 STEPS = [{"validation_loss": 1.5}, {"validation_loss": 1.25}]
 ALIGNMENT = {"chosen_step": 2, "validation_loss_without_delta": 2.0, "steps": STEPS}
 ALIGNMENT |= {"params": {"steps": 2}, "selection": {"max_rate": 0.1}}
@@ -50,10 +54,12 @@ def write(folder: Path, **changes: Any) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params(**changes), sort_keys=False))
 
 
-def report(pkt: Run, folder: Path) -> tuple[int, str, str]:
+def report(pkt: Run, folder: Path, *more: object) -> tuple[int, str, str]:
     return pkt(
         *("report", "--params", folder / "params.yaml", "--results", folder / "r", "--figures", folder / "figures"),
         *("--html", folder / "r.html", "--table", folder / "r.md", "--out", folder / "r.json"),
+        *("--scores", folder / "scores.json", "--csv", folder / "scores.csv", "--tex", folder / "table.tex"),
+        *more,
     )
 
 
@@ -61,12 +67,15 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     status, printed, err = report(pkt, inputs)
     assert status == 0, err
     assert "report: 6 rows on 1 tasks, 2 figures ->" in printed
-    assert sorted(path.name for path in (inputs / "figures").iterdir()) == [
-        "s-t_differences_gsm8k.png",
-        "s-t_loss_laten_gsm8k.png",
-    ]
+    names = ["s-t_differences_gsm8k", "s-t_loss_laten_gsm8k"]
+    files = sorted(path.name for path in (inputs / "figures").iterdir())
+    assert files == ["captions.md", *(f"{name}.{kind}" for name in names for kind in ("pdf", "png", "svg"))]
+    captions = (inputs / "figures/captions.md").read_text()
+    assert re.findall(r"\*\*Figure (\d)\*\* \(`(.*?)`\)", captions) == [("1", names[0]), ("2", names[1])]
     page = (inputs / "r.html").read_text()
-    labels = re.findall(r'<th scope="row">(.*?)</th>', page.split("<h2>Settings in force</h2>")[0])
+    heads = re.findall(r'<th scope="row"[^>]*>(.*?)</th>', page.split("<h2>Settings in force</h2>")[0])
+    labels = [head.split("<small>")[0] for head in heads]
+    assert html.unescape(heads[2]) == f"LaTen<small>{DESCRIPTIONS['laten']}</small>" and heads[-1] == "LaTen, GSM8K"
     methods = ["LaTen", "grid top, pca random", "LoRA, random init", "LaTen on random rows"]
     claims = ["LaTen improves the target", "LaTen beats itself on random rows"]
     tables = ["source: s-chat", "target: t", *methods, "source: s-chat", *methods]
@@ -92,9 +101,13 @@ def test_tables_numbers_and_page(pkt: Run, inputs: Path) -> None:
     assert claim["claim"] == "LaTen improves the target" and control["claim"] == "LaTen beats itself on random rows"
     assert (claim["tasks"]["gsm8k"]["difference"], claim["tasks"]["gsm8k"]["verdict"]) == (12.5, "not shown (≥35.0)")
 
-    first = {name: (inputs / name).read_bytes() for name in ("r.html", "r.md", "r.json")}
+    files = [f"figures/{name}" for name in files]
+    files += ["r.html", "r.md", "r.json", "scores.json", "scores.csv", "table.tex"]
+    first = {name: (inputs / name).read_bytes() for name in files}
+    (inputs / "figures/of_a_removed_row.png").write_bytes(b"")
     report(pkt, inputs)
     assert first == {name: (inputs / name).read_bytes() for name in first}
+    assert not (inputs / "figures/of_a_removed_row.png").exists()
 
 
 def test_the_page_says_what_was_in_force_and_shows_the_params_file(pkt: Run, inputs: Path) -> None:
@@ -161,7 +174,8 @@ def test_rows_taken_over_stand_in_their_section(pkt: Run, inputs: Path) -> None:
     numbers = json.loads((inputs / "r.json").read_text())["s-t"]
     assert numbers["order"] == ["s-chat", "t", "laten", "postpkt_random", "postpkt_seeking"]
     assert [numbers["rows"][name]["group"] for name in numbers["order"][2:]] == ["PrePKT", "PostPKT", "PostPKT"]
-    assert "<li>t: m at revision unpinned.</li>" in (inputs / "r.html").read_text()
+    page = (inputs / "r.html").read_text()
+    assert "<li>t: m at revision unpinned.</li>" in page and "<dd>t (m), target; revision unpinned</dd>" in page
 
 
 @pytest.mark.parametrize("method", ["laten", "control_random_rows"])
@@ -173,7 +187,7 @@ def test_the_curve_of_every_step(pkt: Run, inputs: Path, method: str) -> None:
     write_json(inputs / f"r/evaluate/steps/{method}/s/gsm8k.json", found)
     status, printed, err = report(pkt, inputs)
     assert status == 0, err
-    assert "3 figures" in printed and (inputs / f"figures/s-t_steps_{method}_gsm8k.png").is_file()
+    assert "3 figures" in printed and (inputs / f"figures/s-t_steps_{method}_gsm8k.pdf").is_file()
 
 
 @pytest.mark.parametrize(
@@ -197,20 +211,64 @@ def test_metrics_that_are_not_listed_are_an_error(pkt: Run, inputs: Path) -> Non
     e = inputs / "r/evaluate"
     for path in ("old one/s/gsm8k.json", "old one/s/mmlu.json", "laten/s2/gsm8k.json", "s-chat/mmlu.json"):
         write_json(e / path, metrics([0, 0, 0, 0]))
+    write_json(inputs / "r/analysis/align/old/gsm8k.json", {})
     status, _, err = report(pkt, inputs)
     assert status == 2
     assert (
-        f"{e}: holds metrics that {inputs}/params.yaml does not list; list their rows (again) or delete them:"
-        f" rm -r {e}/laten/s2 '{e}/old one' {e}/s-chat/mmlu.json" in err
+        f"{inputs}/r/analysis/align/old and 3 more: metrics that {inputs}/params.yaml does not list; list their rows"
+        f" (again) or delete them: rm -r {inputs}/r/analysis/align/old {e}/laten/s2 '{e}/old one'"
+        f" {e}/s-chat/mmlu.json\n" in err
     )
     assert not (inputs / "r.html").exists()
 
 
-def test_a_stale_alignment_is_an_error(pkt: Run, inputs: Path) -> None:
-    write_json(inputs / "r/analysis/align/old/gsm8k.json", {})
+def test_a_partial_look_shows_gaps_and_says_so(pkt: Run, inputs: Path) -> None:
+    """One row on one task, without its alignment, before the target is evaluated; and after."""
+    for path in (inputs / "r").rglob("*.json"):
+        if path.parts[-3:-1] != ("laten", "s") or "align" in path.parts:
+            path.unlink()
+    target = ("--params", inputs / "params.yaml", "--results", inputs / "r", "--partial")
+    status, printed, err = pkt("report", *target)
+    assert status == 0, err
+    assert "**Partial: 7 of the 8 metrics that the params list are not there yet" in printed
+    scores = [[cell.strip() for cell in line.split("|")] for line in printed.split("| difference")[0].splitlines()]
+    cells = {line[1]: line[3] for line in scores if len(line) > 3}
+    assert (cells["LaTen"], cells["LoRA, random init"]) == ("62.5 ±23.9 (17.7)", "-")
+    assert sorted(path.name for path in inputs.iterdir()) == ["params.yaml", "r"]
+    write_json(inputs / "r/evaluate/t/gsm8k.json", metrics([1, 0, 0, 1]))
+    write_json(inputs / "r/evaluate/left_over/gsm8k.json", metrics([1, 0, 0, 1]))
+    status, _, err = report(pkt, inputs, "--partial")
+    assert status == 0, err
+    assert '<p class="banner">Partial: 6 of the 8' in (inputs / "r.html").read_text()
+    scores = json.loads((inputs / "scores.json").read_text())
+    assert {row: scores[row] for row in ("laten", "t", "s-chat")} == {
+        "laten": {"s": {"gsm8k": 62.5}},
+        "t": {"gsm8k": 50.0},
+        "s-chat": {},
+    }
+
+
+def test_nothing_yet_is_a_page_as_well(pkt: Run, inputs: Path) -> None:
+    for path in (inputs / "r").rglob("*.json"):
+        path.unlink()
+    status, _, err = report(pkt, inputs, "--partial")
+    assert status == 0, err
+    assert "Nothing has been evaluated yet." in (inputs / "r.html").read_text()
+
+
+def test_a_report_that_fails_leaves_the_last_one(pkt: Run, inputs: Path) -> None:
+    assert report(pkt, inputs)[0] == 0
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file() and "r/" not in str(path)}
+    (inputs / "r/evaluate/t/gsm8k.json").write_text("{")
+    assert report(pkt, inputs)[0] == 2
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_figures_folder_of_something_else_is_not_replaced(pkt: Run, inputs: Path) -> None:
+    (inputs / "figures").mkdir()
+    (inputs / "figures/mine.txt").touch()
     status, _, err = report(pkt, inputs)
-    assert status == 2
-    assert f"rm -r {inputs}/r/analysis/align/old\n" in err
+    assert status == 2 and "holds mine.txt and no captions.md, so it is not ours to replace" in err
 
 
 def test_metrics_of_an_older_version_are_one_line(pkt: Run, inputs: Path) -> None:

@@ -1,0 +1,206 @@
+"""What the page begins with: what this report is about, and what it says in a few sentences."""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pkt_stages.profile import Method, Profile
+from pkt_stages.reporting.measure import NATS, POINTS, Measure
+from pkt_stages.reporting.result import CEILINGS, CONTROLS, Result
+from pkt_stages.reporting.table import compact, corrected, difference
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row of a method that has a source, against the target and against its controls, by task.
+
+    Attributes:
+        higher: tasks on which it is shown above the target; `beyond`: of these those on which it is shown above each of
+            its controls as well.
+        below: tasks on which a control is shown above it.
+        num_tasks: that were measured.
+        controlled: whether it has a control.
+    """
+
+    source: str
+    label: str
+    higher: list[str]
+    beyond: list[str]
+    below: list[str]
+    num_tasks: int
+    controlled: bool
+
+
+def kind(method: Method) -> str:
+    """What a method and its controls have in common: what makes them, or what they are made of."""
+    group = method.group.removesuffix("_control")
+    return "align" if group == "control" else group
+
+
+def primary(results: Sequence[Result]) -> Measure | None:
+    """Scores where there are any, else likelihoods; None if nothing was measured."""
+    for measure, rows in ((POINTS, [r.points for r in results]), (NATS, [r.nats for r in results])):
+        if any(row.cells for one in rows for row in one):
+            return measure
+    return None
+
+
+def compared(profile: Profile, result: Result, measure: Measure) -> list[Found]:
+    """Every row of a method with a source. Tests against controls are corrected (Holm) over all rows and tasks."""
+    rows = {row.slug: row for row in (result.points if measure is POINTS else result.nats) if row.cells}
+    methods = [method for method in profile.of_source(result.source) if method.name in rows]
+    ours = [method for method in methods if method.by_source and method.section not in (CEILINGS, CONTROLS)]
+    tests = []
+    for method in ours:
+        for control in (m for m in methods if m.section == CONTROLS and kind(m) == kind(method)):
+            for task in (task for task in rows[method.name].cells if task in rows[control.name].cells):
+                one, other = (measure.results(result.metrics[m.name][task]) for m in (method, control))
+                tests.append(((method.name, task), difference(one, other, measure), one, other))
+    against: dict[tuple[str, str], set[str]] = {}
+    for (key, *_), found in zip(tests, corrected([test[1:] for test in tests], measure), strict=True):
+        against.setdefault(key, set()).add(found.mark)
+    made = []
+    for row in (rows[method.name] for method in ours):
+        marks = {task: against.get((row.slug, task), set()) for task in row.cells}
+        higher = [task for task in row.cells if (versus := row.versus(task)) and versus.mark == "▲"]
+        made.append(
+            Found(
+                source=result.source,
+                label=row.label,
+                higher=higher,
+                beyond=[task for task in higher if marks[task] == {"▲"}],
+                below=[task for task in row.cells if "▼" in marks[task]],
+                num_tasks=len(row.cells),
+                controlled=any(marks.values()),
+            )
+        )
+    return made
+
+
+def sentences(profile: Profile, results: Sequence[Result], tasks: Mapping[str, str]) -> list[str]:
+    """What was shown to transfer, what was no better than its control or the target, and what could not be seen."""
+    measure = primary(results)
+    if measure is None:
+        return ["Nothing has been evaluated yet."]
+    found = [one for result in results for one in compared(profile, result, measure)]
+    unit = "score" if measure is POINTS else "log-likelihood"
+    if not found:
+        return ["No row of this report has a source, so it says nothing of a transfer."]
+    held = [f for f in found if f.controlled]
+    shown = _listed(held, lambda f: len(f.beyond))
+    made = [
+        f"Shown to transfer, by {unit} (above the target and above each of its controls): {shown}."
+        if shown
+        else f"Nothing was shown to transfer by {unit}: no row with a source is above both the target and its controls."
+        if held
+        else "No row with a source has a control here, so nothing of it can be called a transfer."
+    ]
+    failed = [f for f in held if not f.beyond]
+    if failed:
+        text = f"On no task above both the target and its controls: {_listed(failed)}."
+        if worse := _listed(failed, lambda f: len(f.below)):
+            text += f" A control is even shown above {worse}."
+        made.append(text)
+    alone = [f for f in found if not f.controlled]
+    if higher := _listed(alone, lambda f: len(f.higher)):
+        made.append(f"Above the target, but without a control of what the source adds: {higher}.")
+    if nothing := _listed([f for f in alone if not f.higher]):
+        made.append(f"Not shown above the target, and without a control: {nothing}.")
+    made.append(_unseen(results, measure, tasks))
+    return made
+
+
+def markdown(said: Sequence[str]) -> str:
+    """The sentences as a list, in lines of a terminal's width."""
+    lines = [textwrap.fill(f"- {text}", 118, subsequent_indent="  ") for text in said]
+    return "### In short\n\n" + "\n".join(lines) + "\n"
+
+
+def _listed(found: Sequence[Found], count: Any = None) -> str:
+    """`matched transport from s (4 of 4 tasks) and from t (1 of 4)`, by method; rows whose count is 0 are left out."""
+    parts: dict[str, list[str]] = {}
+    for one in found:
+        if count is None:
+            parts.setdefault(one.label, []).append(one.source)
+        elif count(one):
+            parts.setdefault(one.label, []).append(f"{one.source}, {count(one)} of {one.num_tasks} tasks")
+    join = ", " if count is None else "; "
+    return "; ".join(f"{label} (from {join.join(places)})" for label, places in parts.items())
+
+
+def _unseen(results: Sequence[Result], measure: Measure, tasks: Mapping[str, str]) -> str:
+    """By task the range of differences that tests of methods against the target would have missed."""
+    parts, blind = [], 0
+    for task, title in tasks.items():
+        versus = [
+            v
+            for result in results
+            for row in (result.points if measure is POINTS else result.nats)
+            if row.group not in (CEILINGS, CONTROLS) and (v := row.versus(task)) is not None and not v.mark
+        ]
+        seen = sorted(v.detectable for v in versus if v.detectable is not None)
+        blind += len(versus) - len(seen)
+        if seen:
+            low, high = (compact(value, measure.digits) for value in (seen[0], seen[-1]))
+            parts.append(f"{title} {low}" if low == high else f"{title} {low} to {high}")
+    if not parts and not blind:
+        return "Every row differs from the target, so that power is no question here."
+    text = (
+        f"Not to be seen with these test sets (80 % power, by row): true differences to the target below"
+        f" {', '.join(parts)} {measure.name}."
+        if parts
+        else ""
+    )
+    return f"{text} {blind} comparisons could have shown no difference of any size.".strip() if blind else text
+
+
+def facts(
+    profile: Profile,
+    results: Sequence[Result],
+    models: Mapping[str, Mapping[str, Any]],
+    tasks: Mapping[str, str],
+    code: str,
+) -> list[tuple[str, list[str]]]:
+    """What the report is about, as names and lines, as far as the metrics record it.
+
+    Args:
+        models: by name what was evaluated: `name` and `revision`.
+        code: the code's fingerprint, or nothing.
+    """
+    shapes: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        for by_task in result.alignments.values():
+            for metrics in by_task.values():
+                for side in ("source", "target"):
+                    if "geometry" in (one := metrics.get(side, {})):
+                        shapes[one["model"]["name"]] = one["geometry"]
+    told = []
+    for name, model in models.items():
+        roles = [f"trained model of source {r.source}" for r in results if f"{r.source}-chat" == name]
+        roles += ["target"] * (name == profile.target) + ["oracle: the target's own training"] * (
+            name == profile.oracle
+        )
+        size = ""
+        if shape := shapes.get(model["name"]):
+            size = f"; {shape['num_layers']} layers, d_model {shape['d_model']}, d_ff {shape['d_ff']}"
+            size += f", {shape['vocab_size']} tokens"
+        alias = "" if model["name"] == name else f" ({model['name']})"
+        parts = [name, alias, *(f", {role}" for role in roles), size, f"; revision {_short(model['revision'])}"]
+        told.append("".join(parts))
+    data = []
+    for task, title in tasks.items():
+        found = next((r.metrics[row][task] for r in results for row in r.metrics if task in r.metrics[row]), None)
+        if found is not None:
+            ids = hashlib.sha256("\n".join(found["ids"]).encode()).hexdigest()[:12]
+            data.append(f"{title}: {len(found['ids'])} test examples, ids {ids}")
+    code_of = [f"fingerprint {code}; `git log -S {code} -- '*dvc.lock'` finds its commit and date"] if code else []
+    return [(name, lines) for name, lines in (("Models", told), ("Data", data), ("Code", code_of)) if lines]
+
+
+def _short(revision: str | None) -> str:
+    """As much of it as tells it from others; the whole stands at the end of the page."""
+    return "unpinned" if revision is None else revision[:19] if revision.startswith("sha256:") else revision[:12]
