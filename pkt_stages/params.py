@@ -40,12 +40,17 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
+# A setting that a command takes from another one's, where its own do not say: rows are stored for the steps of `align`.
+BORROWED = {"select": {"steps": "align"}}
+
+
 def read_settings(
     path: Path, section: str, *, task: str | None = None, method: str | None = None, optional: bool = False
 ) -> dict[str, Any]:
     """What a params file says of a command's settings, for a task and a method if they are given.
 
-    A method that several commands work on has a part for each in its entry, named like the command.
+    A method that several commands work on has a part for each in its entry, named like the command. What a command
+    borrows (`BORROWED`) is the other one's for the task.
 
     Args:
         optional: whether the section may be missing.
@@ -64,6 +69,10 @@ def read_settings(
             values |= mapping(content, path, "task", task, section)
     if method is not None:
         values |= entry(content, path, method, section)
+    for name, lender in BORROWED.get(section, {}).items():
+        lent = read_settings(path, lender, task=task, optional=True)
+        if name not in values and name in lent:
+            values[name] = lent[name]
     return values
 
 

@@ -49,6 +49,11 @@ class Selection:
         """Ids of the set `extract` or `transfer` in the selection's order, with their index in it."""
         return {e["id"]: i for i, e in enumerate(self.meta["examples"]) if e["set"] == of}
 
+    @property
+    def num_steps(self) -> int:
+        """Extract examples whose rows are stored, the first ones, one for each step of an alignment."""
+        return min(int(self.meta["params"]["steps"]), len(self.examples("extract")))
+
     def transferred(self, wanted: str | None) -> dict[str, int]:
         """Transfer examples by id, with their index; all, or the wanted one, by its id or its number from 0.
 
@@ -82,8 +87,18 @@ class Selection:
         return self.tensors[f"{sublayer}_source_neurons"][example, :, : self.counts[sublayer]]
 
     def random_neurons(self, sublayer: str, layers: Sequence[int]) -> Tensor:
-        """Neurons drawn at random in these source layers [layer_pair, k], equal for all examples (see `pkt select`)."""
-        return self.tensors[f"{sublayer}_random_neurons"][list(layers), : self.counts[sublayer]]
+        """Neurons drawn at random in these source layers [layer_pair, k], equal for all examples (see `pkt select`).
+
+        Raises:
+            UserError: they were not stored.
+        """
+        drawn = self.tensors[f"{sublayer}_random_neurons"]
+        if drawn.shape[1] < self.counts[sublayer]:
+            raise UserError(
+                f"{self.rows.path}: holds no random neurons' rows; set `select.random_neurons` to true and run"
+                " `pkt select` again"
+            )
+        return drawn[list(layers), : self.counts[sublayer]]
 
     def rows_at(self, site: str, layers: Sequence[int], neurons: Tensor) -> Tensor:
         """The source's rows at `neurons` [layer_pair, k] of these layers: float32 [layer_pair, k, d_source]."""
@@ -171,15 +186,22 @@ def random_neurons(sizes: Geometry, counts: Mapping[str, int], seed: int) -> dic
     return found
 
 
-def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
+def extract_rows(
+    checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor], examples: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a `source_rows` artifact: each layer's rows once, at its random neurons and those of the examples.
+
+    Args:
+        examples: indices of those whose rows are wanted.
+    """
+    kept = list(examples)
     tensors = {}
     for layer in track(range(sizes.num_layers), "reading rows"):
         for sublayer in ("ffn", "attn"):
             wanted = []
             for variant in sorted({name.partition(".")[0] for name in selection if "." in name}):
-                here = selection[f"{variant}.{sublayer}_layers"][..., 0] == layer
-                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][here].flatten())
+                here = selection[f"{variant}.{sublayer}_layers"][kept][..., 0] == layer
+                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][kept][here].flatten())
             if not any(map(len, wanted)):
                 continue
             neurons = torch.cat([*wanted, selection[f"{sublayer}_random_neurons"][layer]]).unique()

@@ -1,8 +1,8 @@
 """Which layers and neurons of the source go where in the target? (paper 4.2; METHODS section 3)
 
 Two attributions -> `selection`: layer pairs and neuron indices in score order, for the settings themselves and each
-variant of them; and, with the source's checkpoint, `source_rows`: the rows at the selected neurons, and at as many
-random ones for a control. From there on no source model is needed.
+variant of them; and, with the source's checkpoint, `source_rows`: the rows that the settings can use, those of the
+extract examples that `align` takes a step with and of the transfer examples. From there on no source model is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.artifacts import Artifact
 from pkt_stages.errors import UserError, shown
-from pkt_stages.options import Source, Stopwatch, option, with_params
+from pkt_stages.options import Source, Stopwatch, Task, option, with_params
 from pkt_stages.params import build
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class Rule:
 class SelectParams(Rule):
     """Settings of the selection."""
 
-    max_rate: float = option(0.2, "Share of the target's neurons to select; align takes any up to it.", gt=0, le=1)
+    max_rate: float = option(0.1, "Share of the target's neurons to select; align takes any up to it.", gt=0, le=1)
+    steps: int = option(
+        4, "Rows are stored of the first so many extract examples: one per step of align, whose number is taken.", ge=1
+    )
+    random_neurons: bool = option(False, "Store as many random neurons' rows of every layer, too, for a control.")
     seed: int = option(0, "Seed of the random neurons that a control uses.")
     variants: dict[str, dict[str, str]] | None = option(
         None, "Further selections by name, each with what it changes of layer_rule, norm, coefficient, scores_of."
@@ -115,6 +119,7 @@ def select(
     source_scores: Annotated[Path, typer.Option(help="The source's attribution.")],
     target_scores: Annotated[Path, typer.Option(help="The target's attribution, on the same examples.")],
     out: Annotated[Path, typer.Option(help="Folder for layer pairs and neurons, and the source's rows at them.")],
+    task: Task = None,
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
     from pkt_stages.models.load import identity, is_same, load_config, resolve
@@ -145,8 +150,11 @@ def select(
         chosen = run(found["source"], found["target"], rule, params.max_rate)
         tensors |= {f"{name}.{key}": tensor for key, tensor in chosen.items()}
     counts = {s: tensors[f"default.{s}_source_neurons"].shape[2] for s in ("ffn", "attn")}
-    tensors |= random_neurons(sizes, counts, params.seed)
-    rows = extract_rows(Checkpoint(ref), sizes, tensors)
+    drawn = counts if params.random_neurons else dict.fromkeys(counts, 0)
+    tensors |= random_neurons(sizes, drawn, params.seed)
+    sets = [example["set"] for example in found["source"].meta["examples"]]
+    used = [n for n, name in enumerate(sets) if name == "transfer" or sets[:n].count("extract") < params.steps]
+    rows = extract_rows(Checkpoint(ref), sizes, tensors, used)
     meta: dict[str, Any] = {
         side: {"model": artifact.meta["model"], "geometry": artifact.meta["geometry"]}
         for side, artifact in found.items()
@@ -157,7 +165,8 @@ def select(
         artifacts.save(folder / INDICES, artifacts.SELECTION, tensors, meta)
     pairs = tensors["default.ffn_layers"].shape
     what = f"{pairs[1]} layer pairs, {counts['ffn']} FFN and {counts['attn']} attention neurons each"
-    watch.summary("select", f"{what}, {pairs[0]} examples", out)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in rows.values()) / 1e6
+    watch.summary("select", f"{what}, {pairs[0]} examples, rows of {len(used)} ({size:,.1f} MB)", out)
 
 
 def _check_cuts(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
-from pkt_stages.params import build, read_settings
+from pkt_stages.params import build, read_params, read_settings
 from pkt_stages.profile import read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
@@ -34,6 +34,7 @@ from pkt_stages.stages.generate import GenerateParams
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
+from pkt_stages.stages.select import SelectParams
 
 if TYPE_CHECKING:
     from pkt_stages.tools.graph import Graph
@@ -78,6 +79,20 @@ def num_parameters(sizes: Geometry) -> int:
     names = (*SITES, "ffn_gate", "attn_q", "attn_k")
     layer = sum(rows * columns for rows, columns in map(sizes.weight_shape, names))
     return sizes.num_layers * layer + 2 * sizes.vocab_size * sizes.d_model
+
+
+def selected_bytes(source: Geometry, target: Geometry, examples: int, rate: float, *, random: bool) -> int:
+    """The most that the rows of a selection take, two bytes a number: a neuron that examples share is stored once.
+
+    Args:
+        examples: whose rows are stored, times the variants of the selection.
+        random: as many random neurons of every source layer are stored, too.
+    """
+    pairs, rows = min(source.num_layers, target.num_layers), 0
+    for neurons, receiving in ((source.d_ff, target.d_ff), (source.num_attn_neurons, target.d_model)):
+        layers = examples * pairs + random * source.num_layers
+        rows += min(layers * int(rate * receiving + 1e-9), source.num_layers * neurons)
+    return 2 * rows * 2 * source.d_model  # subkeys and subvalues
 
 
 class Estimator:
@@ -188,9 +203,15 @@ class Estimator:
         )
 
     def _select(self, options: Mapping[str, str]) -> Need:
-        sizes, _ = self._model(options["--source"])
-        # At most: every neuron of every layer is wanted by some example.
-        return Need(disk=2 * 2 * sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons) * sizes.d_model)
+        source, _ = self._model(options["--source"])
+        target = source
+        if "--params" in options:
+            profile = read_params(self._root / options["--params"])
+            target, _ = self._model(f"{profile['models_dir']}/{profile['target']}")
+        settings, prepared = self._settings(options, "select", SelectParams), self._prepared(options)
+        examples = min(settings.steps, prepared.extract) + prepared.transfer
+        examples *= len(settings.rules())
+        return Need(disk=selected_bytes(source, target, examples, settings.max_rate, random=settings.random_neurons))
 
     def _align(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--target"])

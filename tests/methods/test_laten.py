@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pkt_stages.errors import UserError
 from pkt_stages.methods import laten
 from pkt_stages.models.selection import Selection, open_selection
 from pkt_stages.models.sites import SITES
@@ -69,6 +70,16 @@ def test_random_neurons_are_rows_of_the_same_source_layers(selection: Selection,
         neurons = selection.tensors["ffn_random_neurons"][layer, : selection.counts["ffn"]]
         down = weights[f"model.layers.{layer}.mlp.down_proj.weight"]
         assert torch.equal(rows["ffn_down"][pair], down[:, neurons].T)
+
+
+def test_random_neurons_that_were_not_stored(selection: Selection) -> None:
+    none = {name: t[:, :0] if "random" in name else t for name, t in selection.tensors.items()}
+    with pytest.raises(UserError) as error:
+        rows_of(replace(selection, tensors=none), "random_neurons", 2)
+    assert str(error.value) == (
+        f"{selection.rows.path}: holds no random neurons' rows; set `select.random_neurons` to true and run"
+        " `pkt select` again"
+    )
 
 
 def test_random_rows_have_the_selected_rows_size(selection: Selection) -> None:
