@@ -169,7 +169,7 @@ DELTA = Kind(
     },
 )
 # What to add to whole weights, by their names in the model.
-DENSE_DELTA = Kind("dense_delta", "pkt derive", {"{any}": _spec("float32", ...)})
+DENSE_DELTA = Kind("dense_delta", "pkt derive", {"{any}": _spec(("float32", "float16", "bfloat16"), ...)})
 
 
 def save(path: Path, kind: Kind, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -40,21 +40,16 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
-def read_settings(
-    path: Path, section: str, *, task: str | None = None, method: str | None = None, optional: bool = False
-) -> dict[str, Any]:
+def read_settings(path: Path, section: str, *, task: str | None = None, method: str | None = None) -> dict[str, Any]:
     """What a params file says of a command's settings, for a task and a method if they are given.
 
     A method that several commands work on has a part for each in its entry, named like the command.
 
-    Args:
-        optional: whether the section may be missing.
-
     Raises:
-        UserError: the file, the task or the method is missing or malformed.
+        UserError: the file, the section, the task or the method is missing or malformed.
     """
     content = read_params(path)
-    values = dict(mapping(content, path, section)) if section in content or not optional else {}
+    values = dict(mapping(content, path, section))
     if task is not None:
         tasks = mapping(content, path, "task")
         if task not in tasks:

@@ -28,6 +28,7 @@ from pkt_stages.stages.align import AlignParams
 from pkt_stages.stages.attribute import AttributeParams
 from pkt_stages.stages.compare import CompareParams
 from pkt_stages.stages.correlate import PAIRS_AT_ONCE, CorrelateParams
+from pkt_stages.stages.derive import DeriveParams
 from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
@@ -135,8 +136,7 @@ class Estimator:
         """The params file, and what it says of a command's settings; read once, as it is large."""
         key = (self._root / options["--params"], command, options.get("--task"), options.get("--method"))
         if key not in self._given:
-            bare = command == "derive"  # has no settings of its own, so no section
-            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3], optional=bare)
+            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3])
         return key[0], dict(self._given[key])
 
     def _prepared(self, options: Mapping[str, str]) -> PrepareParams:
@@ -218,19 +218,22 @@ class Estimator:
         sizes, _ = self._model(options["--target"])
         file, given = self._read(options, "derive")
         module = methods.load(str(given.pop("code", "")), ("derive",))
-        params = build(module.Params, given, f"{file}: {options['--method']}")
+        shared = {field.name for field in fields(DeriveParams)}
+        own = {name: value for name, value in given.items() if name not in shared}
+        params = build(module.Params, own, f"{file}: {options['--method']}")
+        width = WIDTHS[self._settings(options, "derive", DeriveParams).stored]
         inside = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model
         if "--correlation" in options:
             # At most a decomposition of the largest map in float64, on the CPU, and all weights of each layer.
             changes = len(params.seeds) if getattr(params, "maps", "fitted") == "random" else 1
             whole = num_parameters(sizes) if getattr(params, "vocabulary", False) else inside
-            return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=4 * whole * changes)
+            return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=width * whole * changes)
         if "--examples" in options:
-            return Need(memory=8 * inside, disk=4 * inside)
+            return Need(memory=8 * inside, disk=width * inside)
         if "--source" in options and "--submatrices" not in options and hasattr(params, "vocabulary"):
-            return Need(disk=4 * num_parameters(sizes))
+            return Need(disk=width * num_parameters(sizes))
         rank = getattr(params, "rank", None)
-        return Need(disk=self._adapter(sizes, rank) if rank else self._rows(sizes))
+        return Need(disk=self._adapter(sizes, rank) if rank else width / 4 * self._rows(sizes))
 
     @staticmethod
     def _rows(sizes: Geometry) -> float:
