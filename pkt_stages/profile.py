@@ -46,6 +46,9 @@ GROUPS: dict[str, Group] = {
     "transport": Group(
         "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
     ),
+    "labelled": Group(
+        "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
     "align": Group("align", "PrePKT", union="aligned", runs_code=True),
     "unaligned": Group("derive", "PrePKT", sources="seek_source", union="sought", runs_code=True),
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
@@ -73,6 +76,7 @@ WORKS_ON = {
     "filter": ("transport", "theseus"),
     "filter_control": ("transport_control", "control_random_transport"),
 }
+SELECTED = ("trained", "with_base")  # keys of `selected`, by what `select` keeps of a source
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
 # Names are parts of paths, of commands and of tables; that of a method or a task of a key as well, which DVC cuts at
@@ -285,6 +289,14 @@ def _check_lists(profile: Profile) -> None:
                 f"{path}: reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
                 f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
             )
+    selected = [_names(mapping(content, path, "selected"), path, how, within="selected.") for how in SELECTED]
+    why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
+    same("selected", sorted(name for names in selected for name in names), sorted(profile.sources["source"]), why)
+    if twice := set(selected[0]) & set(selected[1]):
+        raise UserError(f"{path}: selected: {min(twice)!r} stands twice; {why}")
+    wanted = profile.sources["transport_source"] if profile.in_group("labelled") else []
+    why = "it repeats transport_source where there are rows in made_by.labelled, and is empty else"
+    same("labelled_source", _names(content, path, "labelled_source"), wanted, why)
 
 
 def chat_model(source: str) -> str:
