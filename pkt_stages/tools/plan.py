@@ -19,6 +19,7 @@ import typer
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
+from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.params import build, read_settings
 from pkt_stages.profile import read_profile
@@ -32,6 +33,8 @@ from pkt_stages.stages.derive import DeriveParams
 from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
+from pkt_stages.stages.gradients import PAIRS_AT_ONCE as GRADIENT_PAIRS
+from pkt_stages.stages.gradients import GradientsParams
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
@@ -166,6 +169,26 @@ class Estimator:
             disk=pairs * (squares + own) * (8 if settings.stored == "float64" else 4),
         )
 
+    def _gradients(self, options: Mapping[str, str]) -> Need:
+        (source, size), (target, other) = self._model(options["--source"]), self._model(options["--target"])
+        settings = self._settings(options, "gradients", GradientsParams)
+        pairs = min(source.num_layers, target.num_layers)
+        # At the outputs of a layer's seven projections and of its two norms.
+        widths = [
+            [*(sizes.weight_shape(weight)[0] for weight in PROJECTIONS), sizes.d_model, sizes.d_model]
+            for sizes in (source, target)
+        ]
+        crossed = sum(s * t for s, t in zip(*widths, strict=True))
+        own = sum(width**2 for side in widths for width in side) * settings.grams
+        examples = settings.num_examples or self._prepared(options).align
+        tokens = 4 * examples * self._tokens  # of four tasks
+        passes = -(-pairs // GRADIENT_PAIRS)
+        return Need(
+            flops=2 * tokens * (2 * passes * (size + other) + pairs * (crossed + own)),
+            memory=(size + other) * WIDTHS[settings.dtype] + 8 * min(pairs, GRADIENT_PAIRS) * (crossed + own),
+            disk=pairs * (crossed + own) * (8 if settings.stored == "float64" else 4),
+        )
+
     def _scale(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--model"])
         settings = self._settings(options, "scale", ScaleParams)
@@ -190,7 +213,8 @@ class Estimator:
     def _select(self, options: Mapping[str, str]) -> Need:
         sizes, _ = self._model(options["--source"])
         # At most: every neuron of every layer is wanted by some example.
-        return Need(disk=2 * 2 * sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons) * sizes.d_model)
+        models = 2 if "--base" in options else 1
+        return Need(disk=models * 2 * 2 * sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons) * sizes.d_model)
 
     def _align(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--target"])
