@@ -47,7 +47,7 @@ def gradient_sums(
         grams: keep either side's own sums of products whole, too.
 
     Raises:
-        UserError: a gradient that is not finite, or none anywhere.
+        UserError: a layer whose gradients are not finite, or zero everywhere.
     """
     found: dict[Pair, dict[str, Sums]] = {}
     for batch in track(batches, "minibatches for the gradients"):
@@ -63,13 +63,13 @@ def gradient_sums(
                 a, b = (here[name, layer] for here, layer in zip(kept, pair, strict=True))
                 add(found.setdefault(pair, {}), name, a, b.to(a.device), None, grams)
     for pair, sums in found.items():
-        for name, one in sums.items():
-            for which, squares in zip(SIDES, one.squares, strict=True):
-                if not 0 < float(squares.sum()) < float("inf"):
-                    raise UserError(
-                        f"the gradient at {name} of layers {pair[0]}-{pair[1]} is zero or not finite in the {which};"
-                        " use a wider dtype, or examples with an answer"
-                    )
+        for side, which in enumerate(SIDES):
+            # A layer that adds nothing has no gradient at some places; none at all, or NaN, is a fault.
+            if not 0 < sum(float(one.squares[side].sum()) for one in sums.values()) < float("inf"):
+                raise UserError(
+                    f"layer {pair[side]} of the {which}: the answers' gradients are zero or not finite; use a wider"
+                    " dtype, and examples with answers"
+                )
     return found
 
 

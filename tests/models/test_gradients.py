@@ -102,7 +102,7 @@ def test_models_are_left_as_they_were(models: list[Any], examples: list[Encoded]
 
 def test_no_answer_is_an_error(models: list[Any], examples: list[Encoded]) -> None:
     silent = [Encoded(example.ids, [-100] * len(example.ids)) for example in examples]
-    with pytest.raises(UserError, match=r"the gradient at attn_q of layers 1-0 is zero or not finite in the source"):
+    with pytest.raises(UserError, match=r"layer 1 of the source: the answers' gradients are zero or not finite; use"):
         gradient_sums(models, [silent], PAIRS, grams=False)
 
 
