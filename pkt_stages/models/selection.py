@@ -140,7 +140,9 @@ def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Sele
     for extracted in found:
         for key in ("source", "target", "examples", "params"):
             if chosen.meta.get(key) != extracted.meta.get(key):
-                raise UserError(f"{extracted.path}: not of one run of `pkt select` with {chosen.path} ({key} differs)")
+                raise UserError(
+                    f"{extracted.path}: not of the same run of `pkt select` as {chosen.path} ({key} differs)"
+                )
     named_examples = [(e["set"], e["id"]) for e in chosen.meta["examples"]]
     if len(set(named_examples)) < len(named_examples):
         raise UserError(f"{chosen.path}: two of its examples have one id; give each its own and attribute them again")

@@ -143,6 +143,7 @@ def seek(
         "layers": layers.tolist(),
         "layer_sensitivity": sums.layers.tolist(),
         "submatrices": [asdict(part) for part in found],
+        **({"subclone_layers": ends} if active is not None else {}),
         "units": {"layer_sensitivity": "nats, sum over examples and parameters"},
     }
     artifacts.write_json(metrics, measured | facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def test_a_block_that_seek_keeps_and_rows_start_from(
     assert (tmp_path / "with.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     without, found = load_file(tmp_path / "without.safetensors"), load_file(tmp_path / "with.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in without.items())
+    assert json.loads((tmp_path / "seek.json").read_text())["subclone_layers"] == [0, 1, 4]
     weights = load_file(source / "model.safetensors")
     for layer, of in enumerate((0, 1, 4)):
         part, whole = found[f"ffn_up.subclone.{layer}"], weights[f"model.layers.{of}.mlp.up_proj.weight"]
