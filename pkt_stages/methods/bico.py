@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Generator, Tensor
 
 from pkt_stages.core.transport import Polar
@@ -29,7 +30,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.methods.theseus import INPUT_OF, random_maps
 from pkt_stages.models.correlation import INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS
+from pkt_stages.models.folding import PROJECTIONS, WRITES
 from pkt_stages.models.gradients import NORMS, Gradients
 from pkt_stages.models.sites import Geometry
 from pkt_stages.models.transport import (
@@ -94,7 +95,7 @@ def fitted_maps(models: Models, found: Correlation, gradients: Gradients, pair: 
     asked, sums = gradients.of(pair), found.of(pair)
     # Gains go apart only where they are not folded.
     places = (*PROJECTIONS, *(() if params.fold else NORMS))
-    at_outputs = {name: gradient(asked, name, grams) for name in places}
+    at_outputs = {name: gradient(models, asked, name, pair, grams=grams) for name in places}
     output = {name: fitted(sides, params, relative=params.relative) for name, sides in at_outputs.items()}
     for name, made in output.items():
         check_answers(gradients, made, f"the gradient at {name} {where}")
@@ -116,9 +117,16 @@ def fitted_maps(models: Models, found: Correlation, gradients: Gradients, pair: 
     return Maps({w: output[w].map for w in PROJECTIONS}, {w: p.map for w, p in into.items()}, ranks, gain)
 
 
-def gradient(asked: PairSums, name: str, grams: bool) -> Sides:
-    """What is known of the gradient at a place."""
-    return Sides(asked.cross(name), asked.sums(name), asked.grams(name) if grams else None, asked.count)
+def gradient(models: Models, asked: PairSums, name: str, pair: Pair, *, grams: bool) -> Sides:
+    """What is known of the gradient at a place; of a folded weight that writes to the stream, behind what is folded in."""
+    cross, (s, t), own = asked.cross(name), asked.sums(name), asked.grams(name) if grams else None
+    if models.fold and name in WRITES:
+        first, second = (m.written(name, n) for m, n in zip((models.base, models.target), pair, strict=True))
+        first, second = first.expand_as(s), second.expand_as(t)
+        cross, s, t = cross / torch.outer(first, second), s / first, t / second
+        if own is not None:
+            own = own[0] / torch.outer(first, first), own[1] / torch.outer(second, second)
+    return Sides(cross, (s, t), own, asked.count)
 
 
 def check_answers(gradients: Gradients, found: Polar, what: str) -> None:

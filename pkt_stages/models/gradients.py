@@ -20,14 +20,14 @@ from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.batches import padding_mask
 from pkt_stages.models.correlation import SIDES, Correlation, Pair, Place, Sums, add
-from pkt_stages.models.folding import NORM_OF, PROJECTIONS
+from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.losses import example_losses
-from pkt_stages.models.sites import module_name
+from pkt_stages.models.sites import family, module_name
 from pkt_stages.progress import track
 
 LIST = "gradients.json"
-# Norms by the activation that they make, which is what the projections behind them read.
-NORMS = {"attn_in": NORM_OF["attn_q"], "ffn_in": NORM_OF["ffn_gate"]}
+# By the activation that a norm makes, the block in front of which it stands.
+NORMS = {"attn_in": "attn", "ffn_in": "ffn"}
 
 
 class Gradients(Correlation):
@@ -77,8 +77,9 @@ def _places(model: Any, layers: Sequence[int]) -> Iterator[tuple[Place, Any]]:
     for layer in layers:
         for weight in PROJECTIONS:
             yield (weight, layer), model.get_submodule(module_name(weight, layer))
-        for name, norm in NORMS.items():
-            yield (name, layer), model.get_submodule(norm.format(layer))
+        for name, block in NORMS.items():
+            kind = family(model.config)
+            yield (name, layer), model.get_submodule(f"{kind.layer(layer)}.{kind.before[block]}")
 
 
 @contextmanager

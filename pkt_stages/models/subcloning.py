@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
+from pkt_stages.models.batches import Batch
 from pkt_stages.models.correlation import Place, activations, forward
 from pkt_stages.models.sites import Geometry, geometry, module_name
 from pkt_stages.progress import track
@@ -51,7 +52,7 @@ def importance(model: Any, examples: Sequence[Encoded]) -> Importance:
     sums: dict[Place, Tensor] = {}
     for example in track(examples, "activations"):
         with activations(model, _places(model)) as kept:
-            forward(model, [example.ids])
+            forward(model, Batch([example.ids]))
         for place, values in kept.items():
             total = values[0][0].double().abs().sum(0).cpu()
             sums[place] = sums[place] + total if place in sums else total

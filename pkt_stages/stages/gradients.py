@@ -97,8 +97,9 @@ def gradients(
 ) -> None:
     """Sum up the answers' gradients at two models' projections, layer pair by layer pair: the ground of BiCo."""
     from pkt_stages.models.correlation import Correlation, write_pair
+    from pkt_stages.models.folding import check_foldable
     from pkt_stages.models.gradients import LIST
-    from pkt_stages.models.load import identity, load_model, load_tokenizer, resolve
+    from pkt_stages.models.load import identity, load_config, load_model, load_tokenizer, resolve
     from pkt_stages.templates import dated
 
     watch = Stopwatch()
@@ -106,6 +107,8 @@ def gradients(
     refs = [resolve(source), resolve(target)]
     found, named = Correlation(correlation), [identity(ref) for ref in refs]
     found.check(*named)
+    for ref in refs:
+        check_foldable(load_config(ref))
     tasks = encoded_alike(refs, examples, params)
     every = [example for rows in tasks.values() for example in rows]
     batches = [every[start : start + params.batch_size] for start in range(0, len(every), params.batch_size)]

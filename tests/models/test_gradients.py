@@ -51,7 +51,8 @@ def plain(model: Any, example: Encoded) -> dict[tuple[str, int], Tensor]:
     handles = []
     for layer in range(model.config.num_hidden_layers):
         names = {weight: module_name(weight, layer) for weight in PROJECTIONS}
-        names |= {name: norm.format(layer) for name, norm in NORMS.items()}
+        norms = {"attn_in": "input_layernorm", "ffn_in": "post_attention_layernorm"}
+        names |= {name: f"model.layers.{layer}.{norm}" for name, norm in norms.items()}
         for name, module in names.items():
             handles.append(model.get_submodule(module).register_forward_hook(retain((name, layer))))
     embedded = model.get_input_embeddings()(torch.tensor([example.ids])).requires_grad_(True)

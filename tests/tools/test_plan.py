@@ -162,7 +162,7 @@ def test_settings_are_those_of_task_and_method(estimator: Estimator) -> None:
 
 
 def test_gradients_of_13b_and_7b(estimator: Estimator) -> None:
-    """By hand: nine products a pair, of which gate and up are wide; four passes, for 8 pairs each, over 320 examples."""
+    """By hand: nine products a pair, of which gate and up are wide; four passes over 320 examples."""
     models = "--source data/models/llama2-13b-base --target data/models/llama2-7b-base"
     need = estimator.need(f"pkt gradients {models} --examples e --correlation c --out o {PARAMS}")
     pair = 7 * 5120 * 4096 + 2 * 13824 * 11008
