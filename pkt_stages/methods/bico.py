@@ -118,7 +118,7 @@ def fitted_maps(models: Models, found: Correlation, gradients: Gradients, pair: 
 
 
 def gradient(models: Models, asked: PairSums, name: str, pair: Pair, *, grams: bool) -> Sides:
-    """What is known of the gradient at a place; of folded weights that write to the stream, behind what is folded in."""
+    """What is known of the gradient at a place; for folded weights that write to the stream, of their folded output."""
     cross, (s, t), own = asked.cross(name), asked.sums(name), asked.grams(name) if grams else None
     if models.fold and name in WRITES:
         first, second = (m.written(name, n) for m, n in zip((models.base, models.target), pair, strict=True))
