@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import keyword
 import os
 import sys
 
@@ -16,8 +17,8 @@ from pkt_stages.tools.provenance import check_inputs
 # Each is a function in the file of its name, in stages or tools.
 STAGES = (
     *("prepare", "texts", "reexpress", "attribute", "select", "align", "inject", "correlate", "gradients"),
-    *("derive", "scale", "seek", "finetune", "generate", "distill", "evaluate", "adopt", "compare", "neurons"),
-    *("report", "code"),
+    *("derive", "scale", "seek", "finetune", "generate", "distill", "import", "evaluate", "adopt", "compare"),
+    *("neurons", "report", "code"),
 )
 TOOLS = ("plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
 
@@ -30,14 +31,14 @@ def application(name: str = "") -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         help="Parametric knowledge transfer between language models, as stages: prepare -> attribute (source, target)"
-        " -> select -> align -> inject -> evaluate -> report; derive, finetune and distill make other rows of the"
-        " table. `dvc repro` runs them all; each runs alone, too.",
+        " -> select -> align -> inject -> evaluate -> report; derive, finetune, distill and import make other rows"
+        " of the table. `dvc repro` runs them all; each runs alone, too.",
     )
     app.callback()(lambda: None)  # or else a single command would take no name
     for command in [name] if name in (*STAGES, *TOOLS) else (*STAGES, *TOOLS):
-        function = command.replace("-", "_")
+        function = command.replace("-", "_") + "_" * keyword.iskeyword(command)
         folder = "stages" if command in STAGES else "tools"
-        app.command()(getattr(importlib.import_module(f"pkt_stages.{folder}.{function}"), function))
+        app.command(command)(getattr(importlib.import_module(f"pkt_stages.{folder}.{function}"), function))
     return app
 
 

@@ -12,6 +12,8 @@ rows by its task (`pkt_stages.tasks`).
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +177,30 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not rows:
         raise UserError(f"{path}: holds no example; expected one JSON object a line")
     return rows
+
+
+def read_csv(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a table with a line of column names, by those, with the line on which each ends.
+
+    Raises:
+        UserError: naming the line, if the file is not readable as text, holds no row, repeats a column's name, or has a
+            row of another length.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig")
+        reader = csv.reader(io.StringIO(lines, newline=""), strict=True)
+        found = [(reader.line_num, row) for row in reader if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as a table ({error}); expected commas between columns, UTF-8") from None
+    if len(found) < 2:
+        raise UserError(f"{path}: holds no row; expected a line of column names, then a row a line")
+    (_, names), *rows = found
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {twice[0]!r}; rename one")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise UserError(f"{path}, line {line}: {len(row)} columns; expected {len(names)}: {', '.join(names)}")
+    return [(line, dict(zip(names, row, strict=True))) for line, row in rows]
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

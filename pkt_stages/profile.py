@@ -56,6 +56,7 @@ GROUPS: dict[str, Group] = {
     "finetune_seeking": Group("finetune", "PostPKT", sources="seek_source", union="sought"),
     "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught"),
     "distill": Group("distill", "Distillation", sources="teacher", union="taught"),
+    "imported": Group("import", "Imported", sources="", by_task=False),
     "control": Group("derive", "Controls", union="aligned", runs_code=True),
     "transport_control": Group(
         "derive", "Controls", sources="transport_source", by_task=False, union="transported", runs_code=True
@@ -79,6 +80,8 @@ WORKS_ON = {
 SELECTED = ("trained", "with_base")  # keys of `selected`, by what `select` keeps of a source
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
+# Tasks of the project itself, in the folder where `pkt` runs: a folder with a file each; `code` depends on it.
+TASKS, TASK_FILE = Path("tasks"), "task.yaml"
 # Names are parts of paths, of commands and of tables; that of a method or a task of a key as well, which DVC cuts at
 # dots and in which it takes a number for a place.
 NAME = re.compile(r"\w[\w.-]*"), "letters, digits and any of _ - . (a letter, a digit or _ first)"

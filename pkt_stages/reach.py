@@ -95,6 +95,11 @@ class Package:
         """The packages that are directly in a package."""
         return sorted(name for name in self._files if name.rpartition(".")[0] == package)
 
+    def beside(self, file: Path) -> Node:
+        """A file that is no part of the package, as a root."""
+        self._files.setdefault("", {})[file.as_posix()] = file
+        return Node("", f"/{file.as_posix()}")
+
     def names(self, module: str) -> set[str]:
         """What a module defines or imports.
 

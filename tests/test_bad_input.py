@@ -18,7 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 # A name, the command line, and the message; {x} are the paths of `world`, {tmp} is where output would go.
 TABLE = [
-    ("no task", "prepare --task chess --data {data} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu"),
+    ("no task", "prepare --task chess --data {data} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/chess/task.yaml here"),
     ("no data", "prepare --task gsm8k --data {nowhere} --out {tmp}/o", "{nowhere}/train.jsonl: no such file of examples"),
     ("wrong schema", "prepare --task mmlu --data {data} --out {tmp}/o", "row mmlu_train_1: not in the mmlu schema (KeyError: 'choices')"),
     ("no model", "attribute --model {nowhere} --extract {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
@@ -53,7 +53,7 @@ TABLE = [
     ("rank", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --rank 65 --max-length 128", "rank 65 is larger than a side of model.layers.0.mlp.up_proj [96, 64]; use at most 64"),
     ("init without blocks", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --init seeking", "init seeking needs --submatrices (from `pkt seek`)"),
     ("too few examples", "finetune --method m --target {target} --train {examples} --out {tmp}/o --metrics {tmp}/m --num-examples 9", "{examples}: holds 2 examples, num_examples asks for 9"),
-    ("unknown metric task", "evaluate --model {target} --task chess --test {examples} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu"),
+    ("unknown metric task", "evaluate --model {target} --task chess --test {examples} --out {tmp}/o", "unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/chess/task.yaml here"),
     ("no reference", "evaluate --model {target} --task gsm8k --test {examples} --out {tmp}/o", "example toy_0: `reference` lacks 'answer', which task gsm8k needs; make the test set with `pkt prepare`"),
     ("too few texts", "compare --first {target} --second {target} --texts {texts} --out {tmp}/o --metrics {tmp}/m", "{texts}: 2 texts, 200 wanted (num_texts)"),
     ("text without text", "compare --first {target} --second {target} --texts {examples} --out {tmp}/o --metrics {tmp}/m", "{examples}:1: expected a key `text` that is not empty, found "),

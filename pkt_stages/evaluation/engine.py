@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from pkt_stages import tasks
 from pkt_stages.errors import UserError
@@ -141,7 +139,7 @@ def evaluate_model(
     decoding = decoding or Decoding()
     check_examples(task, examples)
     its = tasks.load(task)
-    config = _config(its)
+    config = its.harness()
     metric, chosen = str(config["metric_list"][0]["metric"]), config["output_type"] == "multiple_choice"
     settings: dict[str, Any] = {"backend": backend.name, "dtype": backend.dtype, "template": template}
     settings |= dated(backend.tokenizer, template)
@@ -264,13 +262,14 @@ def _load_task(
     }
     if config["output_type"] == "generate_until":
         config["repeats"] = decoding.num_samples
-        config["generation_kwargs"] |= {
+        config["generation_kwargs"] = config["generation_kwargs"] | {
             "max_gen_toks": decoding.max_new_tokens,
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
         }
-    if task.job is not None:
-        config["filter_list"] = [{"name": "verdicts", "filter": [{"function": "custom", "filter_fn": judged}]}]
+    filtered = judged if task.job is not None else _extracted(task.extract) if task.extract is not None else None
+    if filtered is not None:
+        config["filter_list"] = [{"name": "answers", "filter": [{"function": "custom", "filter_fn": filtered}]}]
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it gives advice about data sets of one's own
@@ -281,9 +280,9 @@ def _load_task(
     return loaded
 
 
-def _config(task: tasks.Task) -> dict[str, Any]:
-    """What lm-evaluation-harness reads of the task."""
-    return dict(yaml.safe_load(task.file.read_text(encoding="utf-8")))
+def _extracted(extract: Callable[[str], str]) -> Callable[[Sequence[Sequence[str]], Any], list[list[str]]]:
+    """For the harness, the answers in the texts of each example."""
+    return lambda texts, _docs: [[extract(text) for text in row] for row in texts]
 
 
 def _generates(loaded: Any) -> bool:

@@ -61,13 +61,13 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probabilities of the continuations, which must be single, distinct tokens after their context."""
-        contexts = list(dict.fromkeys(request.args[0] for request in requests))
         docs = {request.args[0]: request.doc for request in requests}
-        choices: dict[str, list[str]] = {context: [] for context in contexts}
+        # Of questions that stand twice in a test set once.
+        choices: dict[str, dict[str, None]] = {context: {} for context in docs}
         for request in requests:
-            choices[request.args[0]].append(request.args[1])
+            choices[request.args[0]][request.args[1]] = None
         groups: dict[tuple[str, ...], list[str]] = {}
-        for context in contexts:
+        for context in docs:
             groups.setdefault((docs[context]["prefix"], *choices[context]), []).append(context)
         scores: dict[tuple[str, str], float] = {}
         for (_, *continuations), members in groups.items():

@@ -9,6 +9,13 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+# A minus may be any dash right before a number and not behind one; commas join digits only to groups of three at the
+# end, those before it of two or three.
+NUMBER = (
+    r"(?:(?<![\d.])[-\u2010-\u2013\u2212\ufe63\uff0d])?\$?"
+    r"(?:(?:\d+(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+
 
 def reference_of(doc: Mapping[str, Any]) -> dict[str, Any]:
     """A row's reference; it lies in the data set as JSON, because a column has one type only."""
@@ -18,6 +25,12 @@ def reference_of(doc: Mapping[str, Any]) -> dict[str, Any]:
 def best(choices: Sequence[str], log_probabilities: Sequence[float]) -> str:
     """The choice with the highest log-probability; the first one wins a tie."""
     return choices[max(range(len(choices)), key=lambda i: log_probabilities[i])]
+
+
+def last_number(text: str) -> str:
+    """The last number in a text, as it stands there; empty if there is none."""
+    found = re.findall(NUMBER, text)
+    return found[-1] if found else ""
 
 
 def same_number(found: str, answer: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError, shown
+from pkt_stages.hub import is_pinned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LEAD = "base_model.model."
@@ -74,11 +75,12 @@ class Adapter:
         return Adapter(factors, self.alpha + other.alpha)
 
 
-def save_adapter(folder: Path, adapter: Adapter, base_model: str) -> None:
+def save_adapter(folder: Path, adapter: Adapter, base_model: str, base: Mapping[str, str | None] | None = None) -> None:
     """Write the adapter as PEFT does (float32), in place of what `folder` held; it appears whole or not at all.
 
     Args:
         base_model: the target's name, without a path, for PEFT's config.
+        base: the target's identity (`load.identity`); a commit on the hub goes into PEFT's config, too.
 
     Raises:
         UserError: `folder` holds something else or cannot be written, or a factor holds NaN or infinity.
@@ -86,11 +88,13 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
+    commit = base.get("revision") if base is not None else None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         target_modules=sorted(adapter.factors),
         base_model_name_or_path=base_model,
+        revision=commit if is_pinned(commit) else None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).to_dict()

@@ -171,7 +171,7 @@ def write_changes(
                 # Labels are ids from anywhere; those of adapters are mostly names like seed_0.
                 kind, file = "low_rank", label if re.fullmatch(r"\w[\w-]*", label, re.ASCII) else f"adapter_{place}"
                 assert not (folder / file).exists(), file
-                save_adapter(folder / file, change, str(meta["target"]["name"]))
+                save_adapter(folder / file, change, str(meta["target"]["name"]), meta["target"])
             elif isinstance(change, DenseDelta):
                 kind, file = "dense", f"delta_{place}.safetensors"
                 artifacts.save(folder / file, artifacts.DENSE_DELTA, change.weights, whole)

@@ -283,15 +283,19 @@ def _generation_config(ref: ModelRef, model: Any) -> Any:
     return found
 
 
-def save_model(model: Any, ref: ModelRef, folder: Path) -> None:
-    """Write a model as a complete folder: weights (safetensors) and config, and what `save_beside` takes from `ref`."""
+def save_model(model: Any, ref: ModelRef, folder: Path, *, shard: str | None = None) -> None:
+    """Write a model as a complete folder: weights (safetensors) and config, and what `save_beside` takes from `ref`.
+
+    Args:
+        shard: how much a file of weights holds at most, as `5GB`; None: transformers' own limit.
+    """
     from transformers import GenerationConfig
 
     # transformers reads generation configs that it refuses to write, as that of Llama-2 (temperature, but no sampling).
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({"max_shard_size": shard} if shard is not None else {}))
     finally:
         model.generation_config = own
     (folder / GENERATION).unlink()

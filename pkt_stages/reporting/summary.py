@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,14 @@ def kind(method: Method) -> str:
 
 
 def primary(results: Sequence[Result]) -> Measure | None:
-    """Scores where there are any, else likelihoods; None if nothing was measured."""
-    for measure, rows in ((POINTS, [r.points for r in results]), (NATS, [r.nats for r in results])):
-        if any(row.cells for one in rows for row in one):
-            return measure
-    return None
+    """Scores if every task that was evaluated has them, else likelihoods; None if nothing was measured."""
+    points, nats = (
+        {task for result in results for row in rows(result) for task in row.cells}
+        for rows in (lambda result: result.points, lambda result: result.nats)
+    )
+    if not points | nats:
+        return None
+    return POINTS if points >= nats else NATS
 
 
 def compared(profile: Profile, result: Result, measure: Measure) -> list[Found]:
@@ -91,7 +95,7 @@ def sentences(profile: Profile, results: Sequence[Result], tasks: Mapping[str, s
     if not found:
         return ["No row of this report has a source, so it says nothing of a transfer."]
     held = [f for f in found if f.controlled]
-    shown = _listed(held, lambda f: len(f.beyond))
+    shown = _listed(held, lambda f: f.beyond)
     made = [
         f"Shown to transfer, by {unit} (above the target and above each of its controls): {shown}."
         if shown
@@ -99,16 +103,15 @@ def sentences(profile: Profile, results: Sequence[Result], tasks: Mapping[str, s
         if held
         else "No row with a source has a control here, so nothing of it can be called a transfer."
     ]
-    failed = [f for f in held if not f.beyond]
-    if failed:
-        text = f"On no task above both the target and its controls: {_listed(failed)}."
-        if worse := _listed(failed, lambda f: len(f.below)):
+    if failed := _listed(held, lambda f: not f.beyond, counted=False):
+        text = f"On no task above both the target and its controls: {failed}."
+        if worse := _listed([f for f in held if not f.beyond], lambda f: f.below):
             text += f" A control is even shown above {worse}."
         made.append(text)
     alone = [f for f in found if not f.controlled]
-    if higher := _listed(alone, lambda f: len(f.higher)):
+    if higher := _listed(alone, lambda f: f.higher):
         made.append(f"Above the target, but without a control of what the source adds: {higher}.")
-    if nothing := _listed([f for f in alone if not f.higher]):
+    if nothing := _listed(alone, lambda f: not f.higher, counted=False):
         made.append(f"Not shown above the target, and without a control: {nothing}.")
     made.append(_unseen(results, measure, tasks))
     return made
@@ -120,16 +123,21 @@ def markdown(said: Sequence[str]) -> str:
     return "### In short\n\n" + "\n".join(lines) + "\n"
 
 
-def _listed(found: Sequence[Found], count: Any = None) -> str:
-    """`matched transport from s (4 of 4 tasks) and from t (1 of 4)`, by method; rows whose count is 0 are left out."""
+def _listed(found: Sequence[Found], shown: Callable[[Found], Any], *, counted: bool = True) -> str:
+    """`matched transport (from s, 4 of 4 tasks; t, 1 of 4 tasks)`: of those that `shown` is true of, by method.
+
+    Args:
+        shown: if `counted`, a list of tasks, of which the number is told.
+    """
     parts: dict[str, list[str]] = {}
-    for one in found:
-        if count is None:
-            parts.setdefault(one.label, []).append(one.source)
-        elif count(one):
-            parts.setdefault(one.label, []).append(f"{one.source}, {count(one)} of {one.num_tasks} tasks")
-    join = ", " if count is None else "; "
-    return "; ".join(f"{label} (from {join.join(places)})" for label, places in parts.items())
+    for one in filter(shown, found):
+        told = f", {len(shown(one))} of {one.num_tasks} tasks" if counted else ""
+        parts.setdefault(one.label, []).append(f"{one.source}{told}")
+    total = Counter(one.label for one in found)
+    return "; ".join(
+        f"{label} (from {'each source' if not counted and 2 < len(p) == total[label] else '; '.join(p)})"
+        for label, p in parts.items()
+    )
 
 
 def _unseen(results: Sequence[Result], measure: Measure, tasks: Mapping[str, str]) -> str:

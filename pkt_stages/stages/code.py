@@ -15,7 +15,7 @@ from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 from pkt_stages.models.recipe import ALIGNMENT
 from pkt_stages.options import Stopwatch
-from pkt_stages.profile import GROUPS, Method, Profile, read_profile
+from pkt_stages.profile import GROUPS, TASK_FILE, TASKS, Method, Profile, read_profile
 from pkt_stages.reach import WHOLE, Node, Package
 
 BY_TASK = ("prepare", "evaluate")  # commands that run one task's code; others that run any's depend on all
@@ -31,12 +31,13 @@ def run(package: Package, profile: Profile) -> dict[str, list[Node]]:
     Raises:
         UserError: a task's or a method's code is missing or incomplete, or a module is no Python.
     """
-    tasks = {name: _task(package, profile, name) for name in profile.tasks}
+    own_code = {name: _task(package, profile, name) for name in profile.tasks}
     begins: dict[str, list[Node]] = {}
     for command in _commands(package):
         own = [Node(f"{package.name}.stages.{command}", command)]
+        command = command.removesuffix("_")  # of what Python keeps for itself
         if command in BY_TASK:
-            begins |= {f"{command}/{name}": own + nodes for name, nodes in tasks.items()}
+            begins |= {f"{command}/{name}": own + nodes for name, nodes in own_code.items()}
         elif any(command in commands for commands in BY_METHOD.values()):
             begins |= {
                 f"{command}/{method.name}": own + _method(package, profile, method)
@@ -44,7 +45,7 @@ def run(package: Package, profile: Profile) -> dict[str, list[Node]]:
                 if command in BY_METHOD.get(GROUPS[method.group].command, ())
             }
         elif Node(f"{package.name}.tasks", "load") in package.reach(own):
-            begins[command] = own + [node for nodes in tasks.values() for node in nodes]
+            begins[command] = own + [node for nodes in own_code.values() for node in nodes]
         else:
             begins[command] = own
     return begins
@@ -61,11 +62,16 @@ def _commands(package: Package) -> list[str]:
 
 
 def _task(package: Package, profile: Profile, name: str) -> list[Node]:
-    """All of a task's folder."""
+    """All of a task's folder; of one without code its file, and what reads such files."""
     folder = f"{package.name}.tasks"
     if f"{folder}.{name}" not in package.packages(folder):
+        if (file := TASKS / name / TASK_FILE).is_file():
+            return [Node(f"{folder}.mapped", WHOLE), package.beside(file)]
         known = ", ".join(task.removeprefix(f"{folder}.") for task in package.packages(folder))
-        raise UserError(f"{profile.path}: task {name!r}: no such folder in {package.name}/tasks; found {known}")
+        raise UserError(
+            f"{profile.path}: task {name!r}: no such folder in {package.name}/tasks; found {known}; and there is no"
+            f" {file}"
+        )
     return [Node(module, WHOLE) for module in package.modules(f"{folder}.{name}")]
 
 

@@ -19,7 +19,7 @@ import typer
 
 from pkt_stages import hub, tasks
 from pkt_stages.errors import UserError
-from pkt_stages.examples import Example, check_ids, read_examples, read_jsonl, write_jsonl
+from pkt_stages.examples import Example, check_ids, read_csv, read_examples, read_jsonl, write_jsonl
 from pkt_stages.options import Stopwatch, option, with_params
 from pkt_stages.progress import track
 from pkt_stages.tasks import Task
@@ -136,9 +136,13 @@ def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
     """A pool's examples: from its file of benchmark rows, else from the hub as the folder's `hub.yaml` says.
 
     Raises:
-        UserError: neither is there, or a row does not fit.
+        UserError: neither is there, there are two files, or a row does not fit.
     """
-    file, pointer = folder / f"{pool}.jsonl", folder / hub.POINTER
+    file, table, pointer = folder / f"{pool}.jsonl", folder / f"{pool}.csv", folder / hub.POINTER
+    if table.is_file() and file.is_file():
+        raise UserError(f"{folder}: holds {file.name} and {table.name}; remove the one that is not meant")
+    if table.is_file():
+        return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in read_csv(table)]
     if file.is_file() or not pointer.is_file():
         return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in read_jsonl(file)]
     split = hub.read_data_pointer(pointer, pool)
@@ -149,12 +153,12 @@ def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
 @with_params("prepare", PrepareParams)
 def prepare(
     params: PrepareParams,
-    task: Annotated[str, typer.Option(help="Name of a task: a folder of pkt_stages/tasks.")],
+    task: Annotated[str, typer.Option(help="Name of a task: a folder of pkt_stages/tasks, or of tasks here.")],
     data: Annotated[
         Path,
         typer.Option(
-            help="Folder with train.jsonl and test.jsonl, the benchmark's own rows; or own split files extract.jsonl,"
-            " align.jsonl, train.jsonl (messages format), maybe transfer.jsonl, and test.jsonl (benchmark rows);"
+            help="Folder with train.jsonl and test.jsonl (or .csv), the benchmark's own rows; or own split files"
+            " extract.jsonl, align.jsonl, train.jsonl (messages format), maybe transfer.jsonl, and test.jsonl (rows);"
             " hub.yaml names a hub data set in place of train.jsonl or test.jsonl."
         ),
     ],

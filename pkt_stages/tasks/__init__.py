@@ -1,7 +1,10 @@
 """Benchmarks, a folder each. A folder that is put here is a task; nothing else names it but a profile's params.
 
 Its `__init__.py` holds `TASK`, see `Task`; its `task.yaml` tells lm-evaluation-harness how the questions are asked: by
-choice or by generation, where that stops, what is the answer in it, and what the score is called.
+choice or by generation, where that stops, and what the score is called.
+
+A task that needs no code is one YAML file in the project instead, `tasks/NAME/task.yaml` in the folder where `pkt`
+runs: which fields of a row are question and answer, and how answers are scored (`mapped.py`).
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
+from pkt_stages.profile import TASK_FILE, TASKS
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.sandbox.pool import Job
 
-FILE = "task.yaml"
 Row = Mapping[str, Any]
 Reference = Mapping[str, Any]  # an example's
 
@@ -37,11 +42,13 @@ class Task:
         schemas: make an example from a row and an id, by the name of the rows' schema; the first is the benchmark's
             own.
         reference_keys: what scoring needs of an example's `reference`.
-        score: 0 .. 1 for an answer, as `task.yaml` extracts it; or
+        extract: the answer in a generated text; without it `task.yaml` says what that is.
+        score: 0 .. 1 for an answer; or
         job: for generated code, the program to test, from the text that the model wrote; with
         judge: the module that runs such programs (`evaluation.sandbox.pool`). The engine takes it from here, so that a
             task without code does not depend on the sandbox's.
         problem: where a reference needs more than its keys, what is wrong with it, or None.
+        asked: what lm-evaluation-harness reads in place of `task.yaml`.
     """
 
     folder: Path
@@ -50,10 +57,12 @@ class Task:
     answer_tokens: int
     schemas: Mapping[str, Callable[[Row, str], Example]]
     reference_keys: frozenset[str]
+    extract: Callable[[str], str] | None = None
     score: Callable[[Reference, str], float] | None = None
     job: Callable[[Reference, str], Job] | None = None
     judge: ModuleType | None = None
     problem: Callable[[Reference], str | None] | None = None
+    asked: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         assert (self.score is None) != (self.job is None), f"{self.folder}: expected either `score` or `job`"
@@ -65,8 +74,11 @@ class Task:
 
     @property
     def file(self) -> Path:
-        """For lm-evaluation-harness."""
-        return self.folder / FILE
+        return self.folder / TASK_FILE
+
+    def harness(self) -> dict[str, Any]:
+        """What lm-evaluation-harness reads."""
+        return dict(yaml.safe_load(self.file.read_text(encoding="utf-8")) if self.asked is None else self.asked)
 
     def example(self, row: Row, id: str, schema: str | None = None) -> Example:
         """One row as an example with this project's prompt (METHODS section 10).
@@ -101,18 +113,33 @@ class Task:
 
 
 def names() -> list[str]:
-    """The tasks that there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    """The tasks that there are, the package's and the project's."""
+    return sorted({*_packages(), *_mapped()})
+
+
+def _packages() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+
+
+def _mapped() -> list[str]:
+    return [file.parent.name for file in TASKS.glob(f"*/{TASK_FILE}")]
 
 
 def load(name: str) -> Task:
     """A task by its name; imports its package and nothing heavy.
 
     Raises:
-        UserError: there is no such folder, or it is incomplete.
+        UserError: there is no such folder, there are two, or it is incomplete.
     """
     if name not in names():
-        raise UserError(f"unknown task {name!r}; expected one of {', '.join(names())}")
+        there = TASKS / name / TASK_FILE
+        raise UserError(f"unknown task {name!r}; expected one of {', '.join(names())}, or {there} here")
+    if name not in _packages():
+        # By name, so that a task with code of its own does not depend on it.
+        found: Task = importlib.import_module(f"{__name__}.mapped").read(TASKS / name)
+        return found
+    if name in _mapped():
+        raise UserError(f"{TASKS / name / TASK_FILE}: there is a task {name} in the package, too; rename the folder")
     task = getattr(importlib.import_module(f"{__name__}.{name}"), "TASK", None)
     if not isinstance(task, Task):
         raise UserError(f"task {name}: its package holds no `TASK`; expected one of class pkt_stages.tasks.Task")

@@ -2,14 +2,17 @@
 
 An artifact says itself which models and params it is of, a row of the table in its list of changes. A single adapter in
 PEFT's format, another folder or a page cannot: for these the stage in dvc.lock says it, and whether this is still the
-file that the stage made.
+file that the stage made. Of a model's folder: what its config and its files say; the weights are not read but to hash.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError, printable
+from pkt_stages.hub import POINTER
 from pkt_stages.tools.provenance import Origin, origin
 
 if TYPE_CHECKING:
@@ -25,10 +29,11 @@ if TYPE_CHECKING:
 WIDTH = 120
 KINDS = [kind for kind in vars(artifacts).values() if isinstance(kind, artifacts.Kind)]
 FIRST = 3  # of a long list
+MODEL = "config.json"
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="What a stage made: an artifact (.safetensors), a row, an adapter.")],
+    file: Annotated[Path, typer.Argument(help="An artifact (.safetensors), a row, an adapter, or a model's folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, for scripts.")] = False,
 ) -> None:
     """Show what it is: kind, stage, models, revisions, params, changes or tensors with shapes and ranges; check it."""
@@ -42,8 +47,8 @@ def run(file: Path) -> dict[str, Any]:
     """Everything about a file or folder as JSON values.
 
     Raises:
-        UserError: it is not here, it is no artifact, row or adapter and no stage has made it, or its tensors are not
-            those of its kind.
+        UserError: it is not here, it is no artifact, row, adapter or model and no stage has made it, or its tensors
+            are not those of its kind.
     """
     from pkt_stages.models import adapters, changes
 
@@ -58,10 +63,12 @@ def run(file: Path) -> dict[str, Any]:
         return about(file, stage) | row(file)
     if adapters.is_adapter(file):
         return about(file, stage) | adapter(file, stage)
+    if (file / MODEL).is_file() or (file / POINTER).is_file():
+        return about(file, stage) | model(file, stage)
     if stage is None and file.exists() and (file.is_dir() or file.suffix != ".safetensors"):
         raise UserError(
-            f"{file}: expected an artifact (.safetensors), a row's or a LoRA adapter's folder, or what a stage in"
-            " dvc.lock made"
+            f"{file}: expected an artifact (.safetensors), the folder of a row, a LoRA adapter or a model, or what a"
+            " stage in dvc.lock made"
         )
     if stage is None or file.suffix == ".safetensors":
         return about(file, stage) | artifact(file)
@@ -136,6 +143,58 @@ def adapter(folder: Path, stage: Origin | None) -> dict[str, Any]:
     }
 
 
+def model(folder: Path, stage: Origin | None) -> dict[str, Any]:
+    """A model: what its config, its tokenizer and the headers of its files say.
+
+    Raises:
+        UserError: as `Checkpoint` and `load_tokenizer`.
+    """
+    from pkt_stages.models.load import identity, load_tokenizer, resolve
+    from pkt_stages.models.rows import Checkpoint, weight_files
+    from pkt_stages.models.sites import SITES, geometry, weight_name
+
+    ref = resolve(str(folder))
+    checkpoint, tokenizer = Checkpoint(ref), load_tokenizer(ref)
+    config, sizes = checkpoint.config, geometry(checkpoint.config)
+    shapes = {name: list(weight.get_shape()) for name, weight in checkpoint.weights.items()}
+    sites = {site: f"{sizes.num_neurons(site)} neurons a layer in {weight_name(0, site)}" for site in SITES}
+    specials = {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")}
+    return {
+        "what": f"model of architecture {config.model_type}",
+        "made_by": stage.command if stage else None,
+        "meta": {
+            "identity": identity(ref),
+            "parameters": sum(math.prod(shape) for shape in shapes.values()),
+            "dtype": str(checkpoint.dtype).removeprefix("torch."),
+            "sizes": asdict(sizes) | {"context": getattr(config, "max_position_embeddings", None)},
+            "sites": sites,
+            "ties": "embedding and head are one weight" if checkpoint.tied else "embedding and head are two weights",
+            "tokenizer": {
+                "class": type(tokenizer).__name__,
+                "tokens": len(tokenizer),
+                "chat_template": tokenizer.chat_template is not None,
+                **specials,
+            },
+            "weight_files": [path.name for path in weight_files(ref)],
+        },
+        "shapes": dict(sorted(shapes.items())),
+    }
+
+
+def layers_together(shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """Weights with their shapes, a line for those that differ in the layer alone."""
+    found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, shape in shapes.items():
+        number = re.search(r"\.(\d+)\.", name)
+        plain = name if number is None else name.replace(number[0], ".{}.", 1)
+        found.setdefault((plain, tuple(shape)), []).extend([int(number[1])] if number is not None else [])
+    for (name, shape), layers in found.items():
+        numbers = sorted(layers)
+        whole = numbers == list(range(len(numbers)))
+        span = f"0..{len(numbers) - 1}" if whole and len(numbers) > 1 else ",".join(map(str, numbers))
+        yield f"{name.format(f'{{{span}}}' if len(numbers) > 1 else span)}  {list(shape)}"
+
+
 def describe(tensor: Tensor) -> dict[str, Any]:
     """Dtype, shape, range, and whether all values are finite."""
     finite = bool(tensor.isfinite().all()) if tensor.is_floating_point() else True
@@ -154,15 +213,14 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     meta = dict(found.get("meta", {}))
     kind, schema = meta.pop("kind", None), meta.pop("schema_version", None)
     version = f" (schema {schema})" if kind else ""
-    yield f"{found['file']}: {found['what']}{version}, made by " + (
-        f"`{found['made_by']}`" if found["made_by"] else "?"
-    )
+    by = f", made by `{found['made_by']}`" if found["made_by"] else "" if "shapes" in found else ", made by ?"
+    yield f"{found['file']}: {found['what']}{version}{by}"
     if "bytes" in found:
         yield f"  {found['bytes']:,} bytes, sha256 {found['sha256']}"
     stage = found.get("stage")
     if stage is not None:
         yield f"  stage: {stage['name']}"
-    elif kind is None and "params" not in meta:
+    elif kind is None and "params" not in meta and "shapes" not in found:
         yield "  stage: unknown, no dvc.lock around it names this; an adapter itself holds no revision and no params"
     for name, value in flat(meta):
         yield from wrapped(name, value)
@@ -185,7 +243,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     for name, tensor in tensors.items():
         span = f"  {tensor['min']:.6g} .. {tensor['max']:.6g}" if "min" in tensor else ""
         yield f"    {name}  {tensor['dtype']} {tensor['shape']}{span}{'' if tensor['finite'] else '  NOT FINITE'}"
+    if found.get("shapes"):
+        yield f"  {len(found['shapes'])} weights:"
+        yield from (f"    {line}" for line in layers_together(found["shapes"]))
     said = ["all that it names is there"] if found.get("changes") else []
+    if found.get("shapes"):
+        said.append("names and shapes are those of its config.json; values were not looked at")
     if tensors:
         finite = all(tensor["finite"] for tensor in tensors.values())
         said.append("as its kind declares, all values finite" if finite else "NOT FINITE")

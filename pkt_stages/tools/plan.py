@@ -259,6 +259,11 @@ class Estimator:
         rank = getattr(params, "rank", None)
         return Need(disk=self._adapter(sizes, rank) if rank else width / 4 * self._rows(sizes))
 
+    def _import(self, options: Mapping[str, str]) -> Need:
+        """At most what the adapters take in float32, if they are stored in 16 bits."""
+        files = (self._root / options["--adapter"]).rglob("*.safetensors")
+        return Need(disk=2 * sum(file.stat().st_size for file in files))
+
     @staticmethod
     def _rows(sizes: Geometry) -> float:
         """Bytes of a delta at all of a model's neurons."""

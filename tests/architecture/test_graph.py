@@ -48,12 +48,12 @@ def test_the_stages_of_a_command_depend_on_its_code_alike() -> None:
         assert found.setdefault(command_of(stage), code) == code, stage
     # What any command can be is a file of stages/, and each of those but `code` is in the graph.
     files = {path.stem for path in (ROOT / "pkt_stages/stages").glob("*.py")} - {"__init__", "code"}
-    assert set(found) == files
+    assert set(found) == {name.removesuffix("_") for name in files}
 
 
 def test_code_is_made_once_from_the_whole_package() -> None:
     assert command_of("code") == "code"
-    assert GRAPH["code"]["deps"] == ["pkt_stages"]
+    assert GRAPH["code"]["deps"] == ["pkt_stages", "tasks"]
     assert GRAPH["code"]["outs"] == [CODE]
 
 
@@ -115,8 +115,8 @@ def test_commands_hold_no_machine_facts(stage: str) -> None:
 
 
 def test_the_graph_can_be_read_in_one_sitting() -> None:
-    assert len((ROOT / "dvc.yaml").read_text().splitlines()) < 620
-    assert len(GRAPH) < 46
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) < 640
+    assert len(GRAPH) < 48
 
 
 def test_profiles_share_the_graph_byte_for_byte() -> None:

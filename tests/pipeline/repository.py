@@ -80,6 +80,7 @@ def make_repository(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Pat
     for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "pkt_stages", folder / "pkt_stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tasks", folder / "tasks")
     change(folder, edit)
     make_model(folder / "data/tiny/source-chat", seed=1, hidden_size=96, intermediate_size=128, num_hidden_layers=4)
     make_model(folder / "data/tiny/target-chat", seed=2)

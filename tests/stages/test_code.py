@@ -329,6 +329,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in which everything has run."""
     folder = tmp_path_factory.mktemp("toy")
     copied(folder)
+    shutil.copytree(ROOT / "tasks", folder / "tasks")
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     write_params(folder, shrink)

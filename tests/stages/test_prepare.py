@@ -76,7 +76,8 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     assert all(e.prefix == "Answer:" and e.reference["answer"].isdigit() for e in test)
 
     status, _, err = pkt("prepare", "--task", "arc", "--data", data, "--out", tmp_path / "out")
-    assert (status, err) == (2, "pkt: error: unknown task 'arc'; expected one of gsm8k, humaneval, mbpp, mmlu\n")
+    known = "gsm8k, humaneval, mbpp, mmlu, or tasks/arc/task.yaml here"
+    assert (status, err) == (2, f"pkt: error: unknown task 'arc'; expected one of {known}\n")
     status, _, err = pkt("prepare", "--task", "mbpp", "--data", data, "--out", tmp_path / "out")
     assert status == 2
     assert "row mbpp_train_1: not in the mbpp schema (KeyError: 'code')" in err

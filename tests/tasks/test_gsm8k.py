@@ -1,24 +1,15 @@
 from __future__ import annotations
 
-import re
-
 import pytest
 import yaml
 
 from pkt_stages.tasks import load
 
 
-def last_number(text: str) -> str:
-    """With the task file's own expression, as the harness applies it."""
-    filters = yaml.safe_load(load("gsm8k").file.read_text())["filter_list"][0]["filter"]
-    found = re.findall(filters[0]["regex_pattern"], text)
-    return str(found[filters[0]["group_select"]]) if found else str(filters[0]["fallback"])
-
-
 def score(text: str, answer: str) -> float:
     task = load("gsm8k")
-    assert task.score is not None
-    return task.score({"answer": answer}, last_number(text))
+    assert task.score is not None and task.extract is not None
+    return task.score({"answer": answer}, task.extract(text))
 
 
 def test_a_row_loses_its_calculations() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pkt_stages.models.adapters import Adapter, load_adapter, save_adapter
 from pkt_stages.models.changes import Change, DenseDelta, read_changes, write_changes
 from pkt_stages.models.load import identity, load_model, load_tokenizer, resolve
 from pkt_stages.models.merge import merged
+from pkt_stages.tools.card import card
 from tests.models.deltas import logits_of, oracle, random_delta
 
 Run = Callable[..., tuple[int, str, str]]
@@ -149,7 +151,9 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
         (source_folder, row / "seed_0", ("--adapter",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
          " in the adapter"),
         (target_folder, row, (*adapter, "--dtype", "float32"),
-         "--dtype, --scale and --allow-rounding-loss are for whole models; leave them out, or --adapter"),
+         "--dtype, --shard and --allow-rounding-loss are for whole models; leave them out, or --adapter"),
+        (target_folder, row, ("--run", "delta", "--shard", "5 GB"), "--shard 5 GB: expected a size like 5GB, in KB, MB"
+         " or GB"),
         (target_folder, row, (*adapter, "--device", "tpu9"),
          "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
     ):  # fmt: skip
@@ -179,7 +183,97 @@ def test_an_exported_adapter_equals_the_row_s(pkt: Run, target_folder: Path, row
     save_adapter(foreign, load_adapter(row / "seed_0"), "somebody/else")
     for number, given in enumerate((row / "seed_0", foreign)):
         assert export(pkt, target_folder, given, tmp_path / str(number), "--adapter")[0] == 0
+    (tmp_path / "0/README.md").unlink()
+    (tmp_path / "1/README.md").unlink()
     files = [sorted((tmp_path / name).iterdir()) for name in ("row/seed_0", "0", "1")]
     assert len(files[0]) == 2
     for equal in zip(*files, strict=True):
         assert len({path.read_bytes() for path in equal}) == 1
+
+
+def evaluated(row: Path, path: Path, **more: object) -> Path:
+    """Metrics as `pkt evaluate` writes them."""
+    made = read_changes(row).made()
+    runs = [{"label": name, "score": 25.0, "nats": -1.5} for name in made["facts"]]
+    metrics = {"task": "gsm8k", "metric": "accuracy", "n": 8, "runs": runs, "made": made} | more
+    path.write_text(json.dumps(metrics))
+    return path
+
+
+def test_the_card_tells_a_stranger(pkt: Run, target_folder: Path, row: Path, tmp_path: Path) -> None:
+    scores = evaluated(row, tmp_path / "m.json")
+    at = identity(resolve(str(target_folder)))["revision"]
+    given = ("--run", "seed_0", "--scores", scores)
+    texts = []
+    for name, more in (("model", ()), ("adapter", ("--adapter",)), ("again", ("--adapter",))):
+        status, _, err = export(pkt, target_folder, row, tmp_path / name, *given, *more)
+        assert status == 0, err
+        texts.append((tmp_path / name / "README.md").read_text())
+        assert str(tmp_path) not in texts[-1] and "/" not in json.loads(
+            (tmp_path / name / ("config.json" if name == "model" else "adapter_config.json")).read_text()
+        ).get("base_model_name_or_path", "target")
+        for line in (
+            "# m on target",
+            f"| base model | `target`, a local folder, {at} (`pkt inspect FOLDER` shows a model's) |",
+            "| source of the change | none |",
+            "| made by | `pkt inject`, method `m` |",
+            "| change | `seed_0`, low-rank: a low-rank change, as a LoRA adapter has it |",
+            "| gsm8k | 8 | 25.0 % accuracy | -1.5000 |",
+        ):
+            assert line in texts[-1].splitlines()
+    model, adapter, again = texts
+    assert adapter == again
+    assert "base_model:" not in model and "library_name: transformers\n" in model
+    assert "library_name: peft\n" in adapter and "| rank and alpha | 4 and 8, the factor in it |" in adapter
+    assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in model
+
+
+def test_a_base_on_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
+    base = {"name": "owner/model", "revision": "a" * 40}
+    factors = {"lm_head": (torch.ones(2, 4), torch.ones(6, 2))}
+    save_adapter(tmp_path / "row/x", Adapter(factors, 2.0), base["name"], base)
+    config = json.loads((tmp_path / "row/x/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "a" * 40)
+    row = read_changes(tmp_path / "row/x")
+    text = card(row, row.items["x"], base, facts={}, scale=0.5, scores=[], adapter=True)
+    assert "base_model: owner/model\nbase_model_relation: adapter\n" in text
+    assert f"| base model | [owner/model](https://huggingface.co/owner/model) at {'a' * 40} |" in text
+    assert f'from_pretrained("owner/model", revision="{"a" * 40}")' in text
+    assert "| made by | unknown: a bare adapter says nothing of it |" in text
+
+
+def test_scores_of_something_else(pkt: Run, target_folder: Path, row: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "m.json"
+    other = {**read_changes(row).made(), "method": "other"}
+    for more, message in (
+        ({"made": other}, f"{file}: of another row or run than {row} (delta); give its own metrics"),
+        ({"made": None}, f"{file}: of another row or run than {row} (delta); give its own metrics"),
+        ({"runs": []}, f"{file}: of another row or run than {row} (delta); give its own metrics"),
+        ({"scales": {"delta": 0.5}}, f"{file}: evaluated with the factor 0.5, exported with 1.0; give --scale 0.5"),
+        ({"runs": 3}, f"{file}: no metrics of `pkt evaluate` ('int' object is not iterable); give those of this row"),
+    ):
+        scores = evaluated(row, file, **more)
+        assert export(pkt, target_folder, row, out, "--run", "delta", "--scores", scores) == (
+            2, "", f"pkt: error: {message}\n",
+        )  # fmt: skip
+        assert not out.exists()
+
+
+def test_a_factor_goes_into_an_adapter(pkt: Run, target_folder: Path, row: Path, tmp_path: Path) -> None:
+    given = ("--run", "seed_0", "--scale", 0.25)
+    assert export(pkt, target_folder, row, tmp_path / "adapter", *given, "--adapter")[0] == 0
+    assert export(pkt, target_folder, row, tmp_path / "whole", *given)[0] == 0
+    assert load_adapter(tmp_path / "adapter").alpha == 2.0
+    model = load_model(resolve(str(target_folder)))
+    with merged(model, load_adapter(tmp_path / "adapter")):
+        torch.testing.assert_close(logits_of(model), logits_of(load_model(resolve(str(tmp_path / "whole")))))
+
+
+def test_large_weights_are_several_files(pkt: Run, target_folder: Path, row: Path, tmp_path: Path) -> None:
+    for name, more in (("one", ()), ("many", ("--shard", "200KB"))):
+        status, _, err = export(pkt, target_folder, row, tmp_path / name, "--run", "delta", *more)
+        assert status == 0, err
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors*"))
+    assert len(files) > 2 and files[-1] == "model.safetensors.index.json"
+    one, many = (load_model(resolve(str(tmp_path / name))) for name in ("one", "many"))
+    assert torch.equal(logits_of(one), logits_of(many))

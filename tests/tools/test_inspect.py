@@ -87,8 +87,8 @@ def test_broken_files(pkt: Run, file: Path) -> None:
         assert err.startswith(f"pkt: error: {file}: not a readable safetensors file (") and err.count("\n") == 1
     file.rename(file := file.with_suffix(".jsonl"))
     assert pkt("inspect", file)[2] == (
-        f"pkt: error: {file}: expected an artifact (.safetensors), a row's or a LoRA adapter's folder, or what a"
-        " stage in dvc.lock made\n"
+        f"pkt: error: {file}: expected an artifact (.safetensors), the folder of a row, a LoRA adapter or a model,"
+        " or what a stage in dvc.lock made\n"
     )
     file.unlink()
     assert pkt("inspect", file)[2] == f"pkt: error: {file}: no such file; expected an artifact (.safetensors)\n"
@@ -276,3 +276,41 @@ def test_a_folder_is_hashed_as_dvc_does(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert md5(tmp_path) == "2ff9b18e8ca6cc0f8a4d5bdfbdebafe5.dir"
+
+
+def test_a_model(pkt: Run, target_folder: Path) -> None:
+    from pkt_stages.models.load import identity, load_model, resolve
+
+    status, printed, err = pkt("inspect", target_folder)
+    assert status == 0, err
+    ref = resolve(str(target_folder))
+    model = load_model(ref)
+    lines = printed.splitlines()
+    assert lines[0] == f"{target_folder.name}: model of architecture llama"
+    for line in (
+        f"  identity: name target, revision {identity(ref)['revision']}",
+        f"  parameters: {sum(p.numel() for p in model.parameters())}",
+        "  dtype: float32",
+        "  ties: embedding and head are two weights",
+        "  sizes: context 256, d_ff 96, d_head 16, d_model 64, num_heads 4, num_kv_heads 2, num_layers 3, vocab_size"
+        " 264",
+        f"  {len(model.state_dict())} weights:",
+        "    model.layers.{0..2}.self_attn.v_proj.weight  [32, 64]",
+        "    lm_head.weight  [264, 64]",
+        "  content: names and shapes are those of its config.json; values were not looked at",
+    ):
+        assert line in lines
+    found = json.loads(pkt("inspect", target_folder, "--json")[1])
+    assert found["shapes"] == {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    assert found["meta"]["tokenizer"] | {"class": ""} == {
+        "class": "", "tokens": 261, "chat_template": True, "bos": "<s>", "eos": "</s>", "pad": "<pad>",
+    }  # fmt: skip
+    assert found["meta"]["sites"]["attn_v"] == "64 neurons a layer in model.layers.0.self_attn.v_proj.weight"
+
+
+def test_a_model_that_is_damaged(pkt: Run, target_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(target_folder, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    status, printed, err = pkt("inspect", folder)
+    assert (status, printed) == (2, "")
+    assert err.startswith(f"pkt: error: {folder}: holds no safetensors weights (") and err.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pkt_stages.evaluation.scoring import same_number
+from pkt_stages.evaluation.scoring import last_number, same_number
 from pkt_stages.examples import Example
 from pkt_stages.tasks import Reference, Row, Task
 
@@ -37,5 +37,6 @@ TASK = Task(
     answer_tokens=150,
     schemas={"gsm8k": example},
     reference_keys=frozenset({"answer"}),
+    extract=last_number,
     score=score,
 )
