@@ -105,8 +105,8 @@ def test_every_profile_reads(path: Path) -> None:
         (
             {"made_by": {"alining": {"laten": {}}}},
             "made_by.alining: no such group; expected any of oracle, transport, labelled, align, unaligned,"
-            " grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control, filter,"
-            " filter_control",
+            " grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control,"
+            " filter, filter_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
