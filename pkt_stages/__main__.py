@@ -20,7 +20,7 @@ STAGES = (
     *("derive", "scale", "seek", "finetune", "generate", "distill", "import", "evaluate", "adopt", "compare"),
     *("neurons", "report", "code"),
 )
-TOOLS = ("plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
+TOOLS = ("check", "new-profile", "plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
 
 
 def application(name: str = "") -> typer.Typer:
@@ -58,7 +58,7 @@ def main() -> None:
         print(f"pkt: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("pkt: interrupted", file=sys.stderr)
+        print("pkt: interrupted; run again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not _lacks_space(error):

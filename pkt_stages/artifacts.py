@@ -77,7 +77,7 @@ ATTRIBUTION = Kind(
     },
 )
 # Which source neuron goes to which target neuron, for each variant of the selection; rank r maps to rank r. The random
-# neurons serve a control.
+# neurons serve a control; there may be none.
 SELECTION = Kind(
     "selection",
     "pkt select",
@@ -91,7 +91,8 @@ SELECTION = Kind(
         )
     }
     | {
-        f"{sublayer}_random_neurons": _spec("int64", "source_layer", f"{sublayer}_rank") for sublayer in ("ffn", "attn")
+        f"{sublayer}_random_neurons": _spec("int64", "source_layer", f"{sublayer}_random_rank")
+        for sublayer in ("ffn", "attn")
     },
 )
 # The source's rows at the selected neurons, once per layer: row i belongs to neurons.{sublayer}.{layer}[i].

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 SHOWN = 200  # characters of a value from a file
@@ -23,6 +25,12 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no number of more than some thousand digits
         text = f"a {type(value).__name__} with too many digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """What a wrong name was most likely meant to be, for a message: ` (did you mean 'rate'?)`, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class UserError(Exception):

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from pkt_stages import methods
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 from pkt_stages.params import build, option, read_settings
 
 __all__ = ["option"]  # stages take it from here
@@ -32,10 +32,30 @@ SCRATCH = Path(".scratch")
 Source = Annotated[str, typer.Option(help="The source: model folder, or hub name `owner/name@revision`.")]
 Target = Annotated[str, typer.Option(help="The target: model folder, or hub name `owner/name@revision`.")]
 Model = Annotated[str, typer.Option(help="Model folder, or hub name `owner/name@revision`.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Insist on changes that were made for other weights; warns of them.")
+]
 Task = Annotated[str | None, typer.Option(help="Task whose part of the params file to use.")]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Method whose entry in `made_by` of the params to use.")
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a command with settings says of them, as its attribute `settings`; `pkt check` goes by it.
+
+    Attributes:
+        section: of the params file.
+        cls: the dataclass.
+        by_task: whether a task may change them.
+        functions: that the file of pkt_stages/methods must have which brings settings of its own; none: there is none.
+    """
+
+    section: str
+    cls: type
+    by_task: bool
+    functions: tuple[str, ...]
 
 
 def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -48,7 +68,7 @@ def with_params(section: str, cls: type) -> Callable[[Callable[..., None]], Call
         def run(values: dict[str, Any], where: str, given: dict[str, Any]) -> None:
             command(**given, params=build(cls, values, where))
 
-        return _with_options(command, section, cls, [], run)
+        return _with_options(command, section, cls, [], run, ())
 
     return decorate
 
@@ -81,7 +101,7 @@ def with_method(
             by, shared = _method(named, functions, cls, values, where)
             command(**given, params=build(cls, shared, where), by=by)
 
-        return _with_options(command, section, cls, extra, run)
+        return _with_options(command, section, cls, extra, run, tuple(functions))
 
     return decorate
 
@@ -92,8 +112,9 @@ def _with_options(
     cls: type,
     extra: Sequence[inspect.Parameter],
     run: Callable[[dict[str, Any], str, dict[str, Any]], None],
+    functions: tuple[str, ...],
 ) -> Callable[..., None]:
-    """The command as typer sees it.
+    """The command as typer sees it, with its `Settings`.
 
     Args:
         run: receives the settings as values, where they are from, and what else was given.
@@ -125,6 +146,7 @@ def _with_options(
 
     wrapper.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in own + made}
+    wrapper.settings = Settings(section, cls, "task" in signature.parameters, functions)  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -142,7 +164,8 @@ def _method(
     if both := [key for key in own if key in shared]:
         raise UserError(f"pkt_stages/methods/{name}.py: {both[0]!r} is a setting of the command, too; rename it")
     if unknown := [key for key in values if key not in shared and key not in own]:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join([*own, *shared])}")
+        known = f"expected one of {', '.join([*own, *shared])}"
+        raise UserError(f"{where}: unknown key {unknown[0]!r}{meant(unknown[0], [*own, *shared])}; {known}")
     settings = build(code.Params, {key: value for key, value in values.items() if key in own}, f"{where} ({name})")
     return methods.Method(name, code, settings), {key: value for key, value in values.items() if key not in own}
 

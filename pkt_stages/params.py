@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pkt_stages.errors import UserError, shown
+from pkt_stages.errors import UserError, meant, shown
 
 Params = TypeVar("Params")
 
@@ -40,16 +40,26 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
-def read_settings(path: Path, section: str, *, task: str | None = None, method: str | None = None) -> dict[str, Any]:
+# A setting that a command takes from another one's, where its own do not say: rows are stored for the steps of `align`.
+BORROWED = {"select": {"steps": "align"}}
+
+
+def read_settings(
+    path: Path, section: str, *, task: str | None = None, method: str | None = None, optional: bool = False
+) -> dict[str, Any]:
     """What a params file says of a command's settings, for a task and a method if they are given.
 
-    A method that several commands work on has a part for each in its entry, named like the command.
+    A method that several commands work on has a part for each in its entry, named like the command. What a command
+    borrows (`BORROWED`) is the other one's for the task.
+
+    Args:
+        optional: whether the section may be missing.
 
     Raises:
         UserError: the file, the section, the task or the method is missing or malformed.
     """
     content = read_params(path)
-    values = dict(mapping(content, path, section))
+    values = dict(mapping(content, path, section)) if section in content or not optional else {}
     if task is not None:
         tasks = mapping(content, path, "task")
         if task not in tasks:
@@ -59,6 +69,10 @@ def read_settings(path: Path, section: str, *, task: str | None = None, method: 
             values |= mapping(content, path, "task", task, section)
     if method is not None:
         values |= entry(content, path, method, section)
+    for name, lender in BORROWED.get(section, {}).items():
+        lent = read_settings(path, lender, task=task, optional=True)
+        if name not in values and name in lent:
+            values[name] = lent[name]
     return values
 
 
@@ -141,7 +155,7 @@ def mapping(content: Mapping[str, Any], path: Path, *keys: str) -> dict[str, Any
     """The mapping below these keys of a params file's content; UserError if it is missing or something else."""
     value: Any = content
     for place, key in enumerate(keys):
-        where = ".".join(keys[: place + 1])
+        where = ".".join(map(str, keys[: place + 1]))
         if key not in value:
             raise UserError(f"{path}: section {where!r} is missing")
         value = value[key]
@@ -154,28 +168,62 @@ def build(cls: type[Params], values: Mapping[str, Any], where: str) -> Params:
     """An instance of the dataclass from these values; defaults fill what is absent.
 
     Raises:
-        UserError: an unknown key, a missing one, a wrong type, a value out of its bounds, or one that the class itself
-            refuses.
+        UserError: the first of their `mistakes`.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    converted, found = _examined(cls, values)
+    if found:
+        raise UserError(f"{where}: {found[0][1]}")
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def mistakes(cls: type, values: Mapping[str, Any], *, whole: bool = True) -> list[tuple[str, str]]:
+    """All that keeps `build` from making an instance of these values: the key and what is wrong with it.
+
+    That is an unknown key, a missing one, a wrong type, a value out of its bounds, and, if there is nothing else, what
+    the class itself refuses (its key is empty).
+
+    Args:
+        whole: the values are all that there will be; else none is missing, and the class is not asked.
+    """
+    converted, found = _examined(cls, values)
+    if not whole:
+        return [one for one in found if one[0] in values]
+    if not found:
+        try:
+            cls(**converted)
+        except (ValueError, UserError) as error:
+            found.append(("", str(error)))
+    return found
+
+
+def _examined(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The values in the types of the dataclass's fields, and what is wrong with others."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(map(str, values)) - set(fields))
-    if unknown:
-        raise UserError(f"{where}: unknown key {shown(unknown[0])}; expected one of {', '.join(fields) or 'none'}")
-    converted = {name: _convert(value, hints[name], f"{where}: {name}") for name, value in values.items()}
+    converted, found = {}, []
+    for name in sorted(set(values) - set(fields), key=str):
+        known = f"expected one of {', '.join(fields) or 'none'}"
+        found.append((name, f"unknown key {shown(name)}{meant(name, fields)}; {known}"))
+    for name, value in values.items():
+        if name in fields:
+            try:
+                converted[name] = _convert(value, hints[name], name)
+            except UserError as error:
+                found.append((name, str(error)))
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}: key {name!r} is missing")
+            found.append((name, f"key {name!r} is missing"))
     for name, value in converted.items():
         for one in value if isinstance(value, tuple) else (value,):
             bounds = fields[name].metadata.get("bounds", {})
             if one is not None and not all(_BOUNDS[kind][0](one, bound) for kind, bound in bounds.items()):
                 wanted = " and ".join(f"{_BOUNDS[kind][1]} {bound}" for kind, bound in bounds.items())
-                raise UserError(f"{where}: {name} must be {wanted}, found {shown(one)}")
-    try:
-        return cls(**converted)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+                found.append((name, f"{name} must be {wanted}, found {shown(one)}"))
+                break
+    return converted, found
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

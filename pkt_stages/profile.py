@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant, shown
 from pkt_stages.params import mapping, read_params
 
 
@@ -27,6 +27,7 @@ class Group:
         by_task: whether a row is made for each task.
         union: the mapping of the params that unites it with others for one stage of evaluation, if there is one.
         runs_code: whether an entry's `code` names a file of pkt_stages/methods.
+        before: a command that runs before it and takes settings of the method's entry, too.
     """
 
     command: str
@@ -35,6 +36,7 @@ class Group:
     by_task: bool = True
     union: str = ""
     runs_code: bool = False
+    before: str = ""
 
     @property
     def by_source(self) -> bool:
@@ -54,7 +56,7 @@ GROUPS: dict[str, Group] = {
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
     "finetune": Group("finetune", "PostPKT", sources=""),
     "finetune_seeking": Group("finetune", "PostPKT", sources="seek_source", union="sought"),
-    "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught"),
+    "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught", before="generate"),
     "distill": Group("distill", "Distillation", sources="teacher", union="taught"),
     "imported": Group("import", "Imported", sources="", by_task=False),
     "control": Group("derive", "Controls", union="aligned", runs_code=True),
@@ -79,6 +81,8 @@ WORKS_ON = {
 }
 SELECTED = ("trained", "with_base")  # keys of `selected`, by what `select` keeps of a source
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
+# Settings that concern some tasks alone: in a section they would have the stages of all others run again.
+OF_CODE = ("sandbox_floor", "sandbox_seconds", "sandbox_memory_mb")
 DEFAULT_CODE = {"align": "laten"}  # the file of an entry without `code`, by command
 # Tasks of the project itself, in the folder where `pkt` runs: a folder with a file each; `code` depends on it.
 TASKS, TASK_FILE = Path("tasks"), "task.yaml"
@@ -163,7 +167,8 @@ class Profile:
             if method.name == name:
                 return method
         known = ", ".join(method.name for method in self.methods)
-        raise UserError(f"{self.path}: unknown method {name!r}; `made_by` has {known or 'none'}")
+        near = meant(name, [method.name for method in self.methods])
+        raise UserError(f"{self.path}: unknown method {name!r}{near}; `made_by` has {known or 'none'}")
 
     def of_source(self, source: str) -> list[Method]:
         """The rows that this source has, those without a source among them."""
@@ -178,40 +183,50 @@ def read_profile(path: Path) -> Profile:
     """Read a params file's lists.
 
     Raises:
-        UserError: it is missing or malformed, a method is in two groups, a group is no stage of the graph, or lists
-            that belong together differ.
+        UserError: it is missing or malformed, or the first of what `examine` finds.
     """
-    content = read_params(path)
-    methods = sorted(_methods(content, path), key=lambda method: method.section == "Controls")
-    analysed = mapping(content, path, "analysed")
-    pairs = {name: mapping(content, path, "pairs", name) for name in mapping(content, path, "pairs")}
+    profile, problems = examine(path)
+    if problems:
+        raise UserError(problems[0])
+    return profile
+
+
+def examine(path: Path) -> tuple[Profile, list[str]]:
+    """A params file's lists as far as they can be read, and all that is wrong with them, one line each.
+
+    That is: a list that is missing or malformed, a method in two groups, a group that is no stage of the graph, lists
+    that belong together and differ.
+
+    Raises:
+        UserError: the file is missing or no mapping.
+    """
+    lists = _Lists(read_params(path), path)
+    methods = sorted(_methods(lists), key=lambda method: method.section == "Controls")
+    analysed = lists.part("analysed")
+    pairs = {name: lists.part("pairs", name) for name in lists.part("pairs")}
     for name, pair in pairs.items():
-        _check_name(name, path, "pairs")
+        lists.check_name(name, "pairs")
         if set(pair) != {"first", "second"} or not all(isinstance(model, str) for model in pair.values()):
-            raise UserError(
-                f"{path}: pairs.{name}: expected the keys first and second with a model each, found {pair!r}"
-            )
+            lists.note(f"pairs.{name}: expected the keys first and second with a model each, found {shown(pair)}")
     profile = Profile(
         path=path,
-        content=content,
-        name=_name(content, path, "profile"),
-        sources={name: _names(content, path, name, least=int(name == "source")) for name in SOURCE_LISTS},
-        target=_name(content, path, "target"),
-        oracle=_name(content, path, "oracle") if content.get("oracle") is not None else None,
-        models=_names(content, path, "models"),
-        attributed=_names(content, path, "attributed"),
-        reexpressed={
-            name: mapping(content, path, "reexpressed", name) for name in mapping(content, path, "reexpressed")
-        },
-        tasks=list(mapping(content, path, "task")),
+        content=lists.content,
+        name=lists.name("profile"),
+        sources={name: lists.names(name, least=int(name == "source")) for name in SOURCE_LISTS},
+        target=lists.name("target"),
+        oracle=lists.name("oracle") if lists.content.get("oracle") is not None else None,
+        models=lists.names("models"),
+        attributed=lists.names("attributed"),
+        reexpressed={name: lists.part("reexpressed", name) for name in lists.part("reexpressed")},
+        tasks=[task for task in lists.part("task") if isinstance(task, str)],
         methods=methods,
-        every_step=_names(content, path, "every_step"),
-        adopted=_names(content, path, "adopted"),
+        every_step=lists.names("every_step"),
+        adopted=lists.names("adopted"),
         pairs=pairs,
-        analysed={key: _names(analysed, path, key, within="analysed.") for key in _ANALYSED},
+        analysed={key: lists.names(key, of=analysed, within="analysed.") for key in _ANALYSED},
     )
     if not profile.tasks:
-        raise UserError(f"{path}: task: expected at least one task, found none")
+        lists.note("task: expected at least one task, found none")
     for where, names, groups in (
         ("every_step", profile.every_step, ("align",)),
         (
@@ -223,83 +238,137 @@ def read_profile(path: Path) -> Profile:
         ("analysed.target_methods", profile.analysed["target_methods"], ("finetune",)),
     ):
         for name in names:
-            if profile.method(name).group not in groups:
-                raise UserError(
-                    f"{path}: {where}: {name} is made by {profile.method(name).group}, not {', '.join(groups)}"
-                )
-    if strange := [task for task in profile.analysed["task"] if task not in profile.tasks]:
-        raise UserError(f"{path}: analysed.task: {strange[0]!r} is not in `task` ({', '.join(profile.tasks)})")
-    for task in profile.tasks:
-        _check_name(task, path, "task", KEY)
+            try:
+                if (made_by := profile.method(name).group) not in groups:
+                    lists.note(f"{where}: {name} is made by {made_by}, not {', '.join(groups)}")
+            except UserError as error:
+                lists.problems.append(str(error))
+    for task in profile.analysed["task"]:
+        if task not in profile.tasks:
+            known = f"is not in `task` ({', '.join(profile.tasks)})"
+            lists.note(f"analysed.task: {task!r} {known}{meant(task, profile.tasks)}")
+    for task in lists.part("task"):
+        lists.check_name(task, "task", KEY)
     for name in profile.reexpressed:
-        _check_name(name, path, "reexpressed")
-    _check_lists(profile)
-    return profile
+        lists.check_name(name, "reexpressed")
+    _check_lists(profile, lists)
+    return profile, list(dict.fromkeys(lists.problems))
 
 
-def _check_lists(profile: Profile) -> None:
-    """That lists which repeat others, because DVC cannot derive them, do so: what one lacks would silently not be made.
+class _Lists:
+    """A params file's content with what was wrong with it: what cannot be read is noted, and empty."""
 
-    Raises:
-        UserError: one does not.
+    def __init__(self, content: Mapping[str, Any], path: Path) -> None:
+        self.content, self.path = content, path
+        self.problems: list[str] = []
+
+    def note(self, problem: str) -> None:
+        self.problems.append(str(UserError(f"{self.path}: {problem}")))
+
+    def part(self, *keys: str) -> dict[str, Any]:
+        """The mapping below these keys."""
+        try:
+            return mapping(self.content, self.path, *keys)
+        except UserError as error:
+            self.problems.append(str(error))
+            return {}
+
+    def name(self, key: str) -> str:
+        value = self.content.get(key)
+        if not isinstance(value, str):
+            self.note(f"{key}: expected a name, found {shown(value)}")
+            return ""
+        self.check_name(value, key)
+        return value
+
+    def names(self, key: str, *, of: Mapping[str, Any] | None = None, least: int = 0, within: str = "") -> list[str]:
+        value = (self.content if of is None else of).get(key)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(value) < least:
+            some = " with at least one name" if least else " of names"
+            self.note(f"{within}{key}: expected a list{some}, found {shown(value)}")
+            return []
+        for name in value:
+            self.check_name(name, f"{within}{key}")
+        return value
+
+    def check_name(self, name: Any, where: str, rule: tuple[re.Pattern[str], str] = NAME) -> None:
+        """Note a name that paths, commands and tables cannot hold."""
+        allowed, said = rule
+        if not isinstance(name, str) or not allowed.fullmatch(name):
+            self.note(f"{where}: {name!r} is no name here; use {said}")
+
+
+def _check_lists(profile: Profile, lists: _Lists) -> None:
+    """Note lists which repeat others, because DVC cannot derive them, and do not: what one lacks would silently not be
+    made; and rows, models and settings that others need.
     """
-    content, path = profile.content, profile.path
 
     def same(where: str, found: Iterable[str], expected: Iterable[str], why: str) -> None:
         wanted, have = list(expected), list(found)
-        if lacking := [name for name in wanted if name not in have]:
-            raise UserError(f"{path}: {where}: {lacking[0]!r} is missing; {why}")
-        if strange := [name for name in have if name not in wanted]:
-            raise UserError(f"{path}: {where}: {strange[0]!r} does not belong there; {why}")
+        for name in wanted:
+            if name not in have:
+                lists.note(f"{where}: {name!r} is missing; {why}")
+        for name in have:
+            if name not in wanted:
+                lists.note(f"{where}: {name!r} does not belong there{meant(name, wanted)}; {why}")
 
-    same("made_by", mapping(content, path, "made_by"), GROUPS, "a group without methods is an empty mapping: {}")
-    parts = list(mapping(content, path, "no_change"))
+    section = lists.content.get("evaluate")
+    for key in OF_CODE:
+        if isinstance(section, dict) and key in section:
+            where = "`task.<task>.evaluate` of the tasks of generated code, whose evaluations alone it changes"
+            lists.note(f"evaluate.{key}: does not belong there; expected in {where}")
+    same("made_by", lists.part("made_by"), GROUPS, "a group without methods is an empty mapping: {}")
+    parts = list(lists.part("no_change"))
     why = f"a task has the parts of `no_change`: {', '.join(parts)}"
     for task in profile.tasks:
-        same(f"task.{task}", mapping(content, path, "task", task), parts, why)
+        same(f"task.{task}", lists.part("task", task), parts, why)
     why = "it unites groups of `made_by`, see the end of `made_by` in params.yaml"
     for union in UNIONS:
         expected = [method.name for method in profile.methods if GROUPS[method.group].union == union]
-        same(union, mapping(content, path, union), expected, why)
-    same("methods", mapping(content, path, "methods"), [method.name for method in profile.methods], why)
+        same(union, lists.part(union), expected, why)
+    same("methods", lists.part("methods"), [method.name for method in profile.methods], why)
+    every = profile.sources["source"]
     for name in SOURCE_LISTS:
-        if strange := [source for source in profile.sources[name] if source not in profile.sources["source"]]:
-            raise UserError(f"{path}: {name}: {strange[0]!r} is not in `source`")
-    if strange := [source for source in profile.analysed["source"] if source not in profile.sources["source"]]:
-        raise UserError(f"{path}: analysed.source: {strange[0]!r} is not in `source`")
-    for source in profile.sources["source"]:
+        for source in profile.sources[name]:
+            if source not in every:
+                lists.note(f"{name}: {source!r} is not in `source`{meant(source, every)}")
+    for source in profile.analysed["source"]:
+        if source not in every:
+            lists.note(f"analysed.source: {source!r} is not in `source`{meant(source, every)}")
+    for source in every:
         for where, models in (("models", profile.models), ("attributed", profile.attributed)):
             if chat_model(source) not in models and (where == "models" or profile.in_group("align")):
                 why = "a source is evaluated" if where == "models" else "LaTen selects its neurons"
-                raise UserError(f"{path}: {where}: {chat_model(source)!r} is missing; {why}, too")
-    if missing := [name for name in (profile.target,) if name not in (*profile.models, *profile.adopted)]:
-        raise UserError(f"{path}: models: {missing[0]!r} is missing; rows are compared with the target")
-    if profile.oracle is not None and profile.oracle not in (*profile.models, *profile.adopted):
-        raise UserError(f"{path}: models: {profile.oracle!r} is missing; the recovered gap is that to the oracle")
+                lists.note(f"{where}: {chat_model(source)!r} is missing; {why}, too")
+    if profile.target and profile.target not in (*profile.models, *profile.adopted):
+        lists.note(f"models: {profile.target!r} is missing; rows are compared with the target")
+    if profile.oracle and profile.oracle not in (*profile.models, *profile.adopted):
+        lists.note(f"models: {profile.oracle!r} is missing; the recovered gap is that to the oracle")
     if profile.oracle is None and (rows := profile.in_group("oracle")):
-        raise UserError(f"{path}: oracle: {rows[0].name} is made of the oracle; name a model")
+        lists.note(f"oracle: {rows[0].name} is made of the oracle; name a model")
     for method in profile.methods:
         its = GROUPS[method.group]
         if its.by_source and its.sources != "source" and not profile.sources[its.sources]:
-            raise UserError(f"{path}: {its.sources}: expected at least one source; {method.name} is made from it")
+            lists.note(f"{its.sources}: expected at least one source; {method.name} is made from it")
     for group, (controlled, row) in WORKS_ON.items():
         rows = profile.in_group(group)
         if rows and row not in [method.name for method in profile.in_group(controlled)]:
-            raise UserError(f"{path}: made_by.{controlled}: {row!r} is missing; {rows[0].name} is made of its delta")
+            lists.note(f"made_by.{controlled}: {row!r} is missing; {rows[0].name} is made of its delta")
     for name, entry in profile.reexpressed.items():
         if set(entry) != {"of", "like", "how"} or not isinstance(entry["how"], dict) or not entry["how"]:
-            raise UserError(
-                f"{path}: reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
+            lists.note(
+                f"reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
                 f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
             )
-    selected = [_names(mapping(content, path, "selected"), path, how, within="selected.") for how in SELECTED]
+    parts = mapping(profile.content, profile.path, "selected")
+    selected = [lists.names(how, of=parts, within="selected.") for how in SELECTED]
     why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
     same("selected", sorted(name for names in selected for name in names), sorted(profile.sources["source"]), why)
     if twice := set(selected[0]) & set(selected[1]):
-        raise UserError(f"{path}: selected: {min(twice)!r} stands twice; {why}")
+        lists.note(f"selected: {min(twice)!r} stands twice; {why}")
     wanted = profile.sources["transport_source"] if profile.in_group("labelled") else []
     why = "it repeats transport_source where there are rows in made_by.labelled, and is empty else"
-    same("labelled_source", _names(content, path, "labelled_source"), wanted, why)
+    same("labelled_source", lists.names("labelled_source"), wanted, why)
 
 
 def chat_model(source: str) -> str:
@@ -310,36 +379,19 @@ def chat_model(source: str) -> str:
 _ANALYSED = ("task", "source", "methods", "seeking", "target_methods")
 
 
-def _methods(content: Mapping[str, Any], path: Path) -> Iterator[Method]:
+def _methods(lists: _Lists) -> Iterator[Method]:
     seen: dict[str, str] = {}
-    for group in mapping(content, path, "made_by"):
+    for group in lists.part("made_by"):
         if group not in GROUPS:
-            raise UserError(f"{path}: made_by.{group}: no such group; expected any of {', '.join(GROUPS)}")
-        for name in mapping(content, path, "made_by", group):
-            _check_name(name, path, f"made_by.{group}", KEY)
+            expected = f"expected any of {', '.join(GROUPS)}"
+            lists.note(f"made_by.{group}: no such group{meant(group, GROUPS)}; {expected}")
+            continue
+        for name in lists.part("made_by", group):
+            lists.check_name(name, f"made_by.{group}", KEY)
+            if not isinstance(name, str):
+                continue
             if name in seen:
-                raise UserError(f"{path}: made_by.{group}: {name} is in made_by.{seen[name]}, too; list it once")
+                lists.note(f"made_by.{group}: {name} is in made_by.{seen[name]}, too; list it once")
+                continue
             seen[name] = group
-            yield Method(name, group, mapping(content, path, "made_by", group, name))
-
-
-def _name(content: Mapping[str, Any], path: Path, key: str) -> str:
-    if not isinstance(content.get(key), str):
-        raise UserError(f"{path}: {key}: expected a name, found {content.get(key)!r}")
-    return _check_name(content[key], path, key)
-
-
-def _names(content: Mapping[str, Any], path: Path, key: str, *, least: int = 0, within: str = "") -> list[str]:
-    value = content.get(key)
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(value) < least:
-        some = " with at least one name" if least else " of names"
-        raise UserError(f"{path}: {within}{key}: expected a list{some}, found {value!r}")
-    return [_check_name(name, path, f"{within}{key}") for name in value]
-
-
-def _check_name(name: Any, path: Path, where: str, rule: tuple[re.Pattern[str], str] = NAME) -> str:
-    """The name, if it is one that paths, commands and tables can hold; else UserError."""
-    allowed, said = rule
-    if not isinstance(name, str) or not allowed.fullmatch(name):
-        raise UserError(f"{path}: {where}: {name!r} is no name here; use {said}")
-    return name
+            yield Method(name, group, lists.part("made_by", group, name))

@@ -94,7 +94,10 @@ def test_settings_come_from_defaults_file_task_method_and_options(run: Run, file
             ["--code", "clash"],
             "pkt_stages/methods/clash.py: 'lr' is a setting of the command, too; rename it",
         ),
-        (["--method", "three"], "{file}: tune: unknown key 'widht'; expected one of width, kind, lr, seeds"),
+        (
+            ["--method", "three"],
+            "{file}: tune: unknown key 'widht' (did you mean 'width'?); expected one of width, kind, lr, seeds",
+        ),
         (["--method", "four"], "{file}: tune (mine): width must be at least 1, found 0"),
         (["--code", "yours"], "code 'yours': no such file in pkt_stages/methods; found clash, mine, other"),
         (["--set", "width"], "--set width: expected NAME=VALUE"),

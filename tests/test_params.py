@@ -38,7 +38,7 @@ def test_values_and_defaults() -> None:
     [
         (
             {"stpes": 3},
-            "here: unknown key 'stpes'; expected one of rate, steps, rule, names, limit, flag, seeds, parts",
+            "here: unknown key 'stpes' (did you mean 'steps'?); expected one of rate, steps, rule, names, limit, flag, seeds, parts",  # noqa: E501
         ),
         ({"steps": "3"}, "here: steps: expected int, found '3'"),
         ({"steps": True}, "here: steps: expected int, found True"),

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 from __future__ import annotations
 
 from pathlib import Path
@@ -104,24 +105,28 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         (
             {"made_by": {"alining": {"laten": {}}}},
-            "made_by.alining: no such group; expected any of oracle, transport, labelled, align, unaligned,"
-            " grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control,"
+            "made_by.alining: no such group (did you mean 'align'?); expected any of oracle, transport, labelled,"
+            " align, unaligned, grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control,"
             " filter, filter_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
+        (
+            {"evaluate": {"sandbox_seconds": 5.0}},
+            "evaluate.sandbox_seconds: does not belong there; expected in `task.<task>.evaluate` of the tasks of generated code, whose evaluations alone it changes",
+        ),
         ({"target": ["a"]}, "target: expected a name, found ['a']"),
         ({"models": "all"}, "models: expected a list of names, found 'all'"),
         ({"task": {}}, "task: expected at least one task, found none"),
         ({"every_step": ["kd"]}, "every_step: kd is made by distill, not align"),
         (
             {"every_step": ["latne"]},
-            "unknown method 'latne'; `made_by` has own, own_sites, matched, theseus, laten, unaligned_seeking,"
+            "unknown method 'latne' (did you mean 'laten'?); `made_by` has own, own_sites, matched, theseus, laten, unaligned_seeking,"
             " postpkt_random, postpkt_pissa, postpkt_seeking, kd, control_random_isometry, control_random_delta",
         ),
         (
             {"analysed": NOTHING | {"task": ["gsm9k"]}},
-            "analysed.task: 'gsm9k' is not in `task` (mmlu, gsm8k, humaneval, mbpp)",
+            "analysed.task: 'gsm9k' is not in `task` (mmlu, gsm8k, humaneval, mbpp) (did you mean 'gsm8k'?)",
         ),
         (
             {"analysed": NOTHING | {"methods": ["postpkt_random"]}},
@@ -133,7 +138,10 @@ def test_every_profile_reads(path: Path) -> None:
             "analysed.methods: matched is made by transport, not align, unaligned, finetune_seeking, finetune_answers,"
             " distill, control",
         ),
-        ({"analysed": NOTHING | {"source": ["sourse"]}}, "analysed.source: 'sourse' is not in `source`"),
+        (
+            {"analysed": NOTHING | {"source": ["sourse"]}},
+            "analysed.source: 'sourse' is not in `source` (did you mean 'source'?)",
+        ),
         ({"analysed": NOTHING | {"source": "source"}}, "analysed.source: expected a list of names, found 'source'"),
         (
             {"analysed": {key: names for key, names in NOTHING.items() if key != "source"}},
@@ -155,7 +163,7 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         (
             {"taught": {"kd": {}, "gkd": {}}},
-            "taught: 'gkd' does not belong there; it unites groups of `made_by`, see the end of `made_by` in"
+            "taught: 'gkd' does not belong there (did you mean 'kd'?); it unites groups of `made_by`, see the end of `made_by` in"
             " params.yaml",
         ),
         (
@@ -174,7 +182,7 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         (
             {"task": {"mmlu": PARTS | {"algin": {}}}, "analysed": NOTHING},
-            "task.mmlu: 'algin' does not belong there; a task has the parts of `no_change`: prepare, align, finetune,"
+            "task.mmlu: 'algin' does not belong there (did you mean 'align'?); a task has the parts of `no_change`: prepare, align, finetune,"
             " generate, distill, evaluate",
         ),
         (
@@ -196,7 +204,7 @@ def test_every_profile_reads(path: Path) -> None:
         ({"seek_source": []}, "seek_source: expected at least one source; unaligned_seeking is made from it"),
         ({"seek_source": ["target"]}, "seek_source: 'target' is not in `source`"),
         ({"teacher": []}, "teacher: expected at least one source; kd is made from it"),
-        ({"teacher": ["source-chat"]}, "teacher: 'source-chat' is not in `source`"),
+        ({"teacher": ["source-chat"]}, "teacher: 'source-chat' is not in `source` (did you mean 'source'?)"),
         ({"teacher": "source"}, "teacher: expected a list of names, found 'source'"),
         ({"transport_source": []}, "transport_source: expected at least one source; matched is made from it"),
         ({"transport_source": ["target"]}, "transport_source: 'target' is not in `source`"),

@@ -29,9 +29,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Neurons and vocabulary entries of one tile of G: a CPU's tile stays in its cache, a GPU's fills its multiprocessors.
-TILES = {"cpu": (512, 1024), "cuda": (16384, 8192)}
+TILES = {"cpu": (384, 1024), "cuda": (16384, 8192)}
 PLAIN_TILE = {"cpu": 2**22, "cuda": 2**28}  # entries of G held at a time on the plain path
-WIDE_TILE = 8192  # rows of U that are widened to float64 at a time
+WIDE_TILE = 8192  # rows of U that are widened to float64 at a time on the plain path
+MEAN_TILE = 256  # the same for the mean of the rest, where they stay in a cache
+LENS_TILE = 2**24  # logits of vectors that are held at a time
 NUM_EXACT = 8  # tokens of each example that are taken one by one
 # What rounding may do to E_q[G^k], relative to E_q[|G|^k]: float32 sums over a vocabulary, or a tensor core's.
 ROUNDING = 2.0**-17
@@ -129,11 +131,16 @@ def _base(log_p: Tensor, token: Tensor, unembedding: Tensor) -> _Base:
     ranked = log_p.scatter(-1, token[:, None], torch.inf)
     chosen = ranked.topk(min(NUM_EXACT, log_p.shape[-1]), dim=-1).indices
     others = log_p.scatter(-1, chosen, -torch.inf)
-    log_rest = others.logsumexp(-1)
-    rest = (others - log_rest[:, None]).exp().nan_to_num(0.0)
+    largest = others.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    rest = others.sub_(largest).exp_()
+    total = rest.sum(-1, keepdim=True)
+    log_rest = (largest + total.log())[:, 0]
+    rest /= total.clamp_min(1.0)  # is at least 1, or 0 where there are no others
     tokens, exact = chosen.unique(return_inverse=True)
-    pieces = zip(rest.split(WIDE_TILE, 1), unembedding.split(WIDE_TILE), strict=True)
-    mean = torch.stack([q @ u.double() for q, u in pieces]).sum(0)
+    mean = log_p.new_zeros(len(log_p), unembedding.shape[1])
+    wide = log_p.new_empty(min(MEAN_TILE, len(unembedding)), unembedding.shape[1])
+    for q, u in zip(rest.split(MEAN_TILE, 1), unembedding.split(MEAN_TILE), strict=True):
+        mean.addmm_(q, wide[: len(u)].copy_(u))
     return _Base(log_p, token, tokens, exact, log_p.gather(-1, chosen), log_rest, rest.float().mT.contiguous(), mean)
 
 
@@ -189,14 +196,18 @@ def powers(
     sums = subvalues.new_zeros(3, len(subvalues), rest.shape[1])
     high = subvalues.new_full((len(subvalues),), -torch.inf)
     low = subvalues.new_full((len(subvalues),), torch.inf)
-    tile = TILES[subvalues.device.type][1]
+    tile = min(TILES[subvalues.device.type][1], len(unembedding))
+    # Two tiles for all of the vocabulary: new memory costs more than what is done in it.
+    direction, power = subvalues.new_empty(2, len(subvalues), tile)
     for u, q in zip(unembedding.split(tile), rest.split(tile), strict=True):
-        g = subvalues @ u.mT
+        g, product = direction[:, : len(u)], power[:, : len(u)]
+        torch.mm(subvalues, u.mT, out=g)
         # Two reductions: aminmax over a dimension is thirty times slower on a CPU.
-        high, low = torch.maximum(high, g.amax(1)), torch.minimum(low, g.amin(1))
-        power = g.clone()
-        for k in range(3):
-            sums[k].addmm_(power.mul_(g), q)
+        torch.maximum(high, g.amax(1), out=high)
+        torch.minimum(low, g.amin(1), out=low)
+        sums[0].addmm_(torch.mul(g, g, out=product), q)
+        for k in (1, 2):
+            sums[k].addmm_(product.mul_(g), q)
     return sums, high, low
 
 
@@ -310,4 +321,5 @@ def lens_tokens(
     vectors: Float[Tensor, "vector d_model"], unembedding: Float[Tensor, "vocab d_model"], num_tokens: int
 ) -> Int[Tensor, "vector lens_token"]:
     """The tokens that each vector raises most when added to the residual stream, best first."""
-    return (vectors @ unembedding.mT).topk(num_tokens, dim=-1).indices
+    some = max(1, LENS_TILE // len(unembedding))
+    return torch.cat([(v @ unembedding.mT).topk(num_tokens, dim=-1).indices for v in vectors.split(some)])

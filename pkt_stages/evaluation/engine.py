@@ -111,6 +111,7 @@ def evaluate_model(
     template: Template = "chat",
     decoding: Decoding | None = None,
     sandbox_floor: str = "sandlock",
+    sandbox_level: str | None = None,
     sandbox_seconds: float = 10.0,
     sandbox_memory_mb: int = 512,
     scratch: Path | None = None,
@@ -127,6 +128,7 @@ def evaluate_model(
         task: its name.
         decoding: of tasks whose answers are generated.
         sandbox_floor: the weakest sandbox in which generated code may run.
+        sandbox_level: the sandbox to take; None: the strongest that the host has.
         sandbox_seconds, sandbox_memory_mb: limits of one sample of generated code.
         scratch: a folder for finished batches; an interrupted call goes on there. What was used is removed at the end.
         known: verdicts by sample, of earlier calls with equal limits; new ones are added.
@@ -159,7 +161,7 @@ def evaluate_model(
     level = sandbox = None
     if its.judge is not None:
         limits = its.judge.Limits(sandbox_seconds, sandbox_memory_mb)
-        level = its.judge.choose_level(sandbox_floor, limits)
+        level = its.judge.choose_level(sandbox_floor, limits, sandbox_level)
         sandbox = its.judge.described(level)
 
     from lm_eval import evaluator

@@ -18,7 +18,9 @@ from lm_eval.api.model import LM
 from pkt_stages.encoding import tokenize
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.backends import Backend, Request, Sampling, completion
+from pkt_stages.evaluation.likelihood import prompt_ids
 from pkt_stages.evaluation.requests import in_batches
+from pkt_stages.examples import Example
 from pkt_stages.scratch import Batches
 from pkt_stages.templates import Prompt, Template, render_prompt
 
@@ -115,13 +117,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         return render_prompt(self._backend.tokenizer, self._template, doc["prompt"]) + doc["prefix"]
 
     def _prompt(self, doc: Mapping[str, str], num_new: int) -> list[int]:
-        ids, _ = tokenize(self._backend.tokenizer, self._text(doc))
-        if len(ids) + num_new > self._backend.max_length:
-            raise UserError(
-                f"example {doc['id']}: {len(ids)} tokens of prompt and {num_new} new ones, the model's context is"
-                f" {self._backend.max_length}; lower --max-new-tokens, leave the example out or use another model"
-            )
-        return ids
+        example = Example(dataset="", id=doc["id"], prompt=doc["prompt"], answer="", prefix=doc["prefix"])
+        return prompt_ids(self._backend.tokenizer, example, self._template, self._backend.max_length, num_new)
 
     def _asked(
         self, items: Sequence[T], lengths: Sequence[int], ask: Callable[[list[T]], list[Any]], facts: Any

@@ -75,6 +75,21 @@ def continuation(tokenizer: Any, example: Example, template: Template, max_lengt
     return Continuation(ids[:begin], ids[begin:])
 
 
+def prompt_ids(tokenizer: Any, example: Example, template: Template, max_length: int, num_new: int) -> list[int]:
+    """Token ids of an example's prompt and forced prefix, behind which an answer is asked for.
+
+    Raises:
+        UserError: they leave no room for `num_new` tokens in a context of `max_length`.
+    """
+    ids, _ = tokenize(tokenizer, render_prompt(tokenizer, template, example.prompt) + example.prefix)
+    if len(ids) + num_new > max_length:
+        raise UserError(
+            f"example {example.id}: {len(ids)} tokens of prompt and {num_new} new ones, the model's context is"
+            f" {max_length}; lower --max-new-tokens, leave the example out or use another model"
+        )
+    return ids
+
+
 def choice_log_likelihood(choices: Sequence[str], log_probabilities: Sequence[float], right: str) -> float:
     """Log-probability of the right choice among the choices, in nats."""
     import torch

@@ -26,6 +26,6 @@ def read_scales(path: Path, changes: Mapping[str, Stored]) -> dict[str, float]:
         why = " ".join(str(error).split())
         raise UserError(f"{path}: no readable factors ({why}); make them with `pkt scale`") from None
     for label, stored in changes.items():
-        if label not in chosen or chosen[label][1] != stored.content_hash():
+        if label not in chosen or chosen[label][1] != stored.content_hash:
             raise UserError(f"{path}: has no factor for {stored.path} as it is; run `pkt scale` on it")
     return {label: chosen[label][0] for label in changes}

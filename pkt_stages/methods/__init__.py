@@ -2,7 +2,8 @@
 
 A file holds a frozen dataclass `Params` and plain functions: for `pkt derive` a `derive(inputs, params)`; for
 `pkt align` and `pkt inject` `mapping`, `source_rows` and `place`, as laten.py has them and says what they are given.
-Nothing lists the files.
+A `check(source, target, params)`, where there is one, raises UserError if the two models' sizes do not go with it;
+`pkt check` calls it before anything runs. Nothing lists the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def load(name: str, functions: Sequence[str]) -> ModuleType:
         UserError: there is none, or it lacks `Params` or one of the functions.
     """
     if name not in names():
-        raise UserError(f"code {name!r}: no such file in pkt_stages/methods; found {', '.join(names())}")
+        found = f"found {', '.join(names())}"
+        raise UserError(f"code {name!r}: no such file in pkt_stages/methods{meant(name, names())}; {found}")
     module = importlib.import_module(f"{__name__}.{name}")
     if missing := [part for part in ("Params", *functions) if not hasattr(module, part)]:
         raise UserError(

@@ -44,12 +44,11 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     """For each of the row's changes one under the same label.
 
     Raises:
-        UserError: other inputs than --target, --delta and --examples; a change that is not of whole weights, or not
-            of this target; no align examples.
+        UserError: other inputs than --target, --delta and --examples; a change that is not of whole weights, or of
+            weights that this target lacks; no align examples.
     """
     target, row, folder = inputs.only("target", "delta", "examples")
     named = identity(target)
-    row.check_target(named)
     changes = {label: stored.load() for label, stored in row.items.items()}
     for label, change in changes.items():
         if not isinstance(change, DenseDelta):

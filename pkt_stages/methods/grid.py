@@ -63,6 +63,7 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     for config in configs:
         check_whole_matrices(config, "the grid")
     small, large = map(geometry, configs)
+    check(large, small, params)
     checkpoint = Checkpoint(source)
     generator = torch.Generator().manual_seed(params.seed)
     layers = source_layers(params.layers, large.num_layers, small.num_layers, generator)
@@ -76,8 +77,6 @@ def derive(inputs: Inputs, params: Params) -> Derived:
         for sublayer in ("ffn", "attn"):
             sites = [site for site in SITES if SUBLAYER_OF_SITE[site] == sublayer]
             have, count = large.num_neurons(sites[0]), small.num_neurons(sites[0])
-            if count > have:
-                raise UserError(f"the source has {have} {sublayer} neurons a layer, the target {count}; swap the two")
             if params.neurons == "random":
                 order = torch.randperm(have, generator=generator)
             else:
@@ -93,14 +92,23 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     return Derived({"delta": DenseDelta(weights)}, identity(target), identity(source), meta={"layers": layers})
 
 
-def source_layers(rule: str, num_source: int, num_target: int, generator: torch.Generator) -> list[int]:
-    """As many source layers as the target has, in depth order: the last, the first, or random ones.
+def check(source: Geometry, target: Geometry, params: Params) -> None:
+    """Raise UserError unless the source has as many layers and neurons as the target, and tokens that width needs."""
+    if source.num_layers < target.num_layers:
+        raise UserError(f"the source has {source.num_layers} layers, the target {target.num_layers}; swap the two")
+    for sublayer, site in (("ffn", "ffn_up"), ("attn", "attn_v")):
+        have, count = source.num_neurons(site), target.num_neurons(site)
+        if count > have:
+            raise UserError(f"the source has {have} {sublayer} neurons a layer, the target {count}; swap the two")
+    if params.width == "embedding" and source.vocab_size != target.vocab_size:
+        raise UserError(
+            f"width embedding needs one vocabulary, found {source.vocab_size} and {target.vocab_size} tokens; use pca"
+            " or whitening"
+        )
 
-    Raises:
-        UserError: the source has fewer.
-    """
-    if num_source < num_target:
-        raise UserError(f"the source has {num_source} layers, the target {num_target}; swap the two")
+
+def source_layers(rule: str, num_source: int, num_target: int, generator: torch.Generator) -> list[int]:
+    """As many source layers as the target has, in depth order: the last, the first, or random ones."""
     if rule == "top":
         return list(range(num_source - num_target, num_source))
     if rule == "bottom":
@@ -110,11 +118,7 @@ def source_layers(rule: str, num_source: int, num_target: int, generator: torch.
 
 
 def narrowings(width: str, source: Checkpoint, target: Checkpoint, d_target: int) -> Callable[[Tensor], Tensor]:
-    """From all rows of a weight [neuron, d_source] to the matrix [d_source, d_target] that makes them narrower.
-
-    Raises:
-        UserError: vocabularies that differ (width embedding).
-    """
+    """From all rows of a weight [neuron, d_source] to the matrix [d_source, d_target] that makes them narrower."""
     if width != "embedding":
         fit = {"pca": pca, "whitening": whitening}[width]
         return lambda rows: fit(rows, d_target)

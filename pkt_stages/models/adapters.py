@@ -21,6 +21,7 @@ from pkt_stages.errors import UserError, shown
 from pkt_stages.hub import is_pinned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base"  # key of the weights' metadata
 _LEAD = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "embed_in")
 # Settings of PEFT that say nothing of the finished update, or only beside others that are refused.
@@ -80,7 +81,8 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str, base: Mapping[
 
     Args:
         base_model: the target's name, without a path, for PEFT's config.
-        base: the target's identity (`load.identity`); a commit on the hub goes into PEFT's config, too.
+        base: the target's identity (`load.identity`), which stays with the weights wherever they are copied to; a
+            commit on the hub goes into PEFT's config, too.
 
     Raises:
         UserError: `folder` holds something else or cannot be written, or a factor holds NaN or infinity.
@@ -110,11 +112,42 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str, base: Mapping[
                 raise UserError(f"{folder}: the adapter's factors of {module} hold NaN or infinity; not written")
     with artifacts.replaced_folder(folder, CONFIG) as beside:
         (beside / CONFIG).write_text(text, encoding="utf-8")
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        # One key alone: several are written in random order.
+        metadata = {"format": "pt"} if base is None else {BASE: json.dumps(dict(base), sort_keys=True)}
+        save_file(tensors, beside / WEIGHTS, metadata=metadata)
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path) -> dict[str, str | None] | None:
+    """The identity of the model that an adapter was made for, as far as it says so; None if it does not.
+
+    A stranger's adapter has a name (`base_model_name_or_path`) and at best a commit: a revision that can change is
+    None.
+
+    Raises:
+        UserError: files that are not readable.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            said = json.loads((file.metadata() or {}).get(BASE, "null"))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a readable PEFT adapter ({' '.join(str(error).split())[:300]})") from None
+    if isinstance(said, dict) and all(isinstance(said.get(key), str) for key in ("name", "revision")):
+        return {"name": said["name"], "revision": said["revision"]}
+    name, revision = (
+        (config.get(key) for key in ("base_model_name_or_path", "revision"))
+        if isinstance(config, dict)
+        else (None, None)
+    )
+    if not isinstance(name, str) or not name:
+        return None
+    return {"name": name, "revision": revision if isinstance(revision, str) and is_pinned(revision) else None}
 
 
 def load_adapter(folder: Path) -> Adapter:

@@ -192,17 +192,18 @@ def _best_neurons(
     name = "ffn_coefficients" if sublayer == "ffn" else COEFFICIENTS[examples.coefficients[0]]
     count = min(num_neurons, scores[0].numel())
     ranked = scores.flatten(1).to(examples.centred.device).sort(descending=True, stable=True).indices
-    best = ranked[:, :count].cpu()
+    best = ranked[:, :count]
     where = torch.stack([best // scores.shape[-1], best % scores.shape[-1]], dim=-1)
-    tokens = []
-    for captured, pairs in zip(examples.captured, where.tolist(), strict=True):
-        vectors = [
-            _subvalues(examples, layer, sublayer, neuron) * getattr(captured, name)[layer, neuron]
-            for layer, neuron in pairs
-        ]
-        found = core.lens_tokens(torch.stack(vectors), examples.centred, min(num_tokens, len(examples.centred)))
-        tokens.append(found)
-    return where, torch.stack(tokens)
+    # Which tokens a neuron raises depends on the sign of its coefficient alone: once for all examples that share it.
+    coefficients = torch.stack([getattr(captured, name).flatten() for captured in examples.captured])
+    signs = coefficients.gather(1, best).sign().long()
+    distinct, own = torch.cat([where, signs[..., None]], dim=-1).flatten(0, 1).unique(dim=0, return_inverse=True)
+    vectors = []
+    for layer in distinct[:, 0].unique().tolist():
+        neurons, sign = distinct[distinct[:, 0] == layer, 1:].T
+        vectors.append(_subvalues(examples, layer, sublayer, neurons) * sign[:, None])
+    tokens = core.lens_tokens(torch.cat(vectors), examples.centred, min(num_tokens, len(examples.centred)))
+    return where.cpu(), tokens[own].unflatten(0, best.shape)
 
 
 def _subvalues(examples: Examples, layer: int, sublayer: str, neurons: Any = slice(None)) -> Tensor:

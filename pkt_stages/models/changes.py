@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pkt_stages import artifacts
-from pkt_stages.errors import UserError, shown
-from pkt_stages.models.adapters import CONFIG, WEIGHTS, Adapter, is_adapter, load_adapter, save_adapter
+from pkt_stages import artifacts, hub
+from pkt_stages.errors import UserError, printable, shown
+from pkt_stages.models import load
+from pkt_stages.models.adapters import CONFIG, WEIGHTS, Adapter, base_of, is_adapter, load_adapter, save_adapter
 from pkt_stages.models.inject import Delta, SparseDelta
 
 LIST = "changes.json"
@@ -72,6 +75,7 @@ class Stored:
         sites = sorted({name.partition(".")[0] for name in tensors})
         return {s: SparseDelta(*(tensors[f"{s}.{name}"] for name in ("layers", "neurons", "rows"))) for s in sites}
 
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 of all that decides what the change does, hexadecimal."""
         if self.kind != "low_rank":
@@ -128,18 +132,53 @@ class Changes:
             raise UserError(f"{self.path}: has no run {wanted!r}; found {', '.join(labels)}")
         return self.items[labels[number]]
 
-    def check_target(self, found: Mapping[str, Any]) -> None:
-        """Raise UserError if this says that it was made for other weights than those `found` (see `load.identity`)."""
-        expected = self.meta.get("target")
-        if isinstance(expected, dict) and expected.get("revision") != found["revision"]:
-            raise UserError(
-                f"{self.path}: made for the target {expected.get('name')} at {expected.get('revision')}, found"
-                f" {found['name']} at {found['revision']}; give its own target"
-            )
+    def check_target(self, found: Mapping[str, Any], *, any_base: bool = False) -> None:
+        """That these are changes of the weights `found` (see `load.identity`); one line on stderr if nobody can tell.
+
+        Weights are compared by content, or by the hub's commit; where a stranger's adapter has nothing but its base
+        model's name, the last part of the name.
+
+        Args:
+            any_base: other weights are warned of only.
+
+        Raises:
+            UserError: they were made for others.
+        """
+        made_for = self.meta.get("target")
+        if not isinstance(made_for, dict):
+            print(f"pkt: warning: {self.path}: says nothing of the model that it was made for", file=sys.stderr)
+            return
+        expected = _looked_up(made_for)
+        if load.is_same(expected, found) or (expected.get("revision") is None and _alike(expected, found)):
+            return
+        revision = expected.get("revision") or "an unknown revision"
+        said = f"{self.path}: made for the target {expected.get('name')} at {revision}, found {found['name']} at"
+        if not any_base:
+            raise UserError(f"{said} {found['revision']}; give its own target, or insist with --any-base")
+        print(f"pkt: warning: {printable(said)} {found['revision']} (--any-base)", file=sys.stderr)
 
     def made(self) -> dict[str, Any]:
         """What made it, with the `facts` of each change by label, as JSON values."""
         return {**self.meta, "facts": {label: dict(stored.facts) for label, stored in self.items.items()}}
+
+
+def _looked_up(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An identity that is a path of this machine and no more, by the content of what lies there."""
+    name = identity.get("name")
+    if identity.get("revision") is None and isinstance(name, str) and (Path(name) / "config.json").is_file():
+        try:
+            return load.identity(load.resolve(name))
+        except UserError:  # no model any more
+            return identity
+    return identity
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two names may be one model's: two on the hub are equal, else their last parts are."""
+    names = [str(identity.get("name")).rstrip("/").casefold() for identity in (one, other)]
+    return (
+        names[0] == names[1] if all(map(hub.is_repo_name, names)) else len({n.rpartition("/")[2] for n in names}) == 1
+    )
 
 
 def write_changes(
@@ -211,7 +250,9 @@ def read_changes(path: Path) -> Changes:
     if (path / LIST).is_file():
         return _listed(path)
     if is_adapter(path):
-        return Changes(path, {}, {path.name: Stored(path.name, "low_rank", path, {})})
+        base = base_of(path)
+        meta = {"target": base} if base is not None else {}
+        return Changes(path, meta, {path.name: Stored(path.name, "low_rank", path, {})})
     if path.is_dir():
         raise UserError(
             f"{path}: a folder without {LIST} and no PEFT adapter; expected what a method of the table made"
@@ -224,6 +265,21 @@ def read_changes(path: Path) -> Changes:
     _check_meta(path, meta)
     facts = {key: value for key, value in said.items() if key not in (*META, "kind", "schema_version", "label")}
     return Changes(path, meta, {path.stem: Stored(path.stem, "dense" if dense else "sparse", path, facts)})
+
+
+def changes_of(path: Path, target: Mapping[str, Any], *, any_base: bool = False) -> Changes:
+    """Open changes that are to be applied to a model: the door of every command that does so.
+
+    Args:
+        target: the model's identity.
+        any_base: insist on changes that were made for another one.
+
+    Raises:
+        UserError: as `read_changes`, and `Changes.check_target`.
+    """
+    found = read_changes(path)
+    found.check_target(target, any_base=any_base)
+    return found
 
 
 def _listed(folder: Path) -> Changes:

@@ -23,6 +23,7 @@ from pkt_stages import artifacts
 from pkt_stages.core.similarity import CkaSums, centred_gram
 from pkt_stages.errors import UserError
 from pkt_stages.models.batches import Batch, padded, padding_mask
+from pkt_stages.models.load import is_same
 from pkt_stages.models.losses import home
 from pkt_stages.models.sites import geometry, module_name
 from pkt_stages.progress import track
@@ -252,7 +253,7 @@ class Correlation:
         """Raise UserError unless it is of these models (`load.identity`)."""
         for side, found in (("source", source), ("target", target)):
             made = self.meta[side]
-            if made["revision"] != found["revision"]:
+            if not is_same(made, found):
                 raise UserError(
                     f"{self.path}: of the {side} {made['name']} at {made['revision']}, found {found['name']} at"
                     f" {found['revision']}; run `{self.kind.made_by}` on these models"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+HASHED = "sha256:"  # how the revision of a local model begins, which is its content
 # What config.json has where weights are quantised: transformers', its older name for compressed tensors, and MLX's.
 QUANTISATION = ("quantization_config", "compression_config", "quantization")
 # Deeper than any model there is: transformers builds its modules one by one, which a wrong number would never end.
@@ -330,7 +331,14 @@ def identity(ref: ModelRef) -> dict[str, str | None]:
     """What goes into an artifact's metadata: the hub name with its commit, or the hash of a folder's weights."""
     if not ref.is_local:
         return {"name": ref.location, "revision": hub.cached_commit(ref.location, ref.revision) or ref.revision}
-    return {"name": Path(ref.location).name, "revision": f"sha256:{folder_hash(Path(ref.location))}"}
+    return {"name": Path(ref.location).name, "revision": f"{HASHED}{folder_hash(Path(ref.location))}"}
+
+
+def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same weights: of folders by their hash, whatever they are called."""
+    if one.get("revision") != other.get("revision"):
+        return False
+    return str(one.get("revision")).startswith(HASHED) or one.get("name") == other.get("name")
 
 
 def folder_hash(folder: Path) -> str:

@@ -85,7 +85,7 @@ def reexpression(
     Raises:
         UserError: the new shape is smaller somewhere, or has another d_head or vocabulary.
     """
-    _check(old, new)
+    check_shapes(old, new)
 
     def places(count: int, among: int, *what: object) -> Tensor:
         order = torch.randperm(among, generator=_generator(seed, *what)) if permute else torch.arange(among)
@@ -124,7 +124,8 @@ def check_family(config: Any) -> None:
     raise UserError(f"architecture {config.model_type!r} cannot be written again: {why}; use a model of another one")
 
 
-def _check(old: Geometry, new: Geometry) -> None:
+def check_shapes(old: Geometry, new: Geometry) -> None:
+    """Raise UserError unless a model can be written again in a new shape."""
     for name in SHAPE:
         if getattr(new, name) < getattr(old, name):
             raise UserError(

@@ -19,6 +19,7 @@ from pkt_stages.artifacts import Artifact
 from pkt_stages.core.selection import num_selected
 from pkt_stages.errors import UserError
 from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.load import is_same
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.sites import SITES, SUBLAYER_OF_SITE, Geometry
 from pkt_stages.progress import track
@@ -49,6 +50,11 @@ class Selection:
     def examples(self, of: str) -> dict[str, int]:
         """Ids of the set `extract` or `transfer` in the selection's order, with their index in it."""
         return {e["id"]: i for i, e in enumerate(self.meta["examples"]) if e["set"] == of}
+
+    @property
+    def num_steps(self) -> int:
+        """Extract examples whose rows are stored, the first ones, one for each step of an alignment."""
+        return min(int(self.meta["params"]["steps"]), len(self.examples("extract")))
 
     def transferred(self, wanted: str | None) -> dict[str, int]:
         """Transfer examples by id, with their index; all, or the wanted one, by its id or its number from 0.
@@ -83,8 +89,18 @@ class Selection:
         return self.tensors[f"{sublayer}_source_neurons"][example, :, : self.counts[sublayer]]
 
     def random_neurons(self, sublayer: str, layers: Sequence[int]) -> Tensor:
-        """Neurons drawn at random in these source layers [layer_pair, k], equal for all examples (see `pkt select`)."""
-        return self.tensors[f"{sublayer}_random_neurons"][list(layers), : self.counts[sublayer]]
+        """Neurons drawn at random in these source layers [layer_pair, k], equal for all examples (see `pkt select`).
+
+        Raises:
+            UserError: they were not stored.
+        """
+        drawn = self.tensors[f"{sublayer}_random_neurons"]
+        if drawn.shape[1] < self.counts[sublayer]:
+            raise UserError(
+                f"{self.rows.path}: holds no random neurons' rows; set `select.random_neurons` to true and run"
+                " `pkt select` again"
+            )
+        return drawn[list(layers), : self.counts[sublayer]]
 
     def rows_at(self, site: str, layers: Sequence[int], neurons: Tensor, *, change: bool = False) -> Tensor:
         """The source's rows at `neurons` [layer_pair, k] of these layers: float32 [layer_pair, k, d_source].
@@ -154,11 +170,7 @@ def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Sele
     max_rate = chosen.meta["params"]["max_rate"]
     if rate > max_rate:
         raise UserError(f"rate {rate} is above the selection's max_rate {max_rate}; run `pkt select` with a higher one")
-    sizes = chosen.meta["target"]["geometry"]
-    counts = {"ffn": num_selected(rate, sizes["d_ff"]), "attn": num_selected(rate, sizes["d_model"])}
-    for sublayer, count in counts.items():
-        if count < 1:
-            raise UserError(f"rate {rate} selects no {sublayer} neuron of the target; raise it")
+    counts = check_rate(rate, Geometry(**chosen.meta["target"]["geometry"]))
     # Those of the variant, and the random neurons, which are of none.
     named = {n.removeprefix(f"{variant}."): n for n in chosen.shapes if "." not in n or n.startswith(f"{variant}.")}
     tensors = {name: chosen[whole] for name, whole in named.items()}
@@ -170,12 +182,21 @@ def stored_files(folder: Path) -> list[Path]:
     return [path for name in (INDICES, ROWS, BASE_ROWS) if (path := folder / name).is_file()]
 
 
+def check_rate(rate: float, target: Geometry) -> dict[str, int]:
+    """How many neurons a rate selects of a layer of the target, by sublayer; UserError if of one it selects none."""
+    counts = {"ffn": num_selected(rate, target.d_ff), "attn": num_selected(rate, target.d_model)}
+    for sublayer, count in counts.items():
+        if count < 1:
+            raise UserError(f"rate {rate} selects no {sublayer} neuron of the target; raise it")
+    return counts
+
+
 def check_target(selection: Selection, found: Mapping[str, Any], location: str) -> None:
     """Raise UserError unless the model `found` (see `load.identity`) is the target that the selection was made for."""
-    if found == selection.meta["target"]["model"]:
+    if is_same(found, selection.meta["target"]["model"]):
         return
     expected = selection.meta["target"]["model"]
-    if found == selection.meta["source"]["model"]:
+    if is_same(found, selection.meta["source"]["model"]):
         raise UserError(f"{location}: this is the selection's source; its target is {expected['name']}")
     raise UserError(
         f"{location}: not the target that the selection was made for (expected {expected['name']} at"
@@ -193,15 +214,22 @@ def random_neurons(sizes: Geometry, counts: Mapping[str, int], seed: int) -> dic
     return found
 
 
-def extract_rows(checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a `source_rows` artifact: each layer's rows once, at all its selected and random neurons."""
+def extract_rows(
+    checkpoint: Checkpoint, sizes: Geometry, selection: Mapping[str, Tensor], examples: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a `source_rows` artifact: each layer's rows once, at its random neurons and those of the examples.
+
+    Args:
+        examples: indices of those whose rows are wanted.
+    """
+    kept = list(examples)
     tensors = {}
     for layer in track(range(sizes.num_layers), "reading rows"):
         for sublayer in ("ffn", "attn"):
             wanted = []
             for variant in sorted({name.partition(".")[0] for name in selection if "." in name}):
-                here = selection[f"{variant}.{sublayer}_layers"][..., 0] == layer
-                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][here].flatten())
+                here = selection[f"{variant}.{sublayer}_layers"][kept][..., 0] == layer
+                wanted.append(selection[f"{variant}.{sublayer}_source_neurons"][kept][here].flatten())
             if not any(map(len, wanted)):
                 continue
             neurons = torch.cat([*wanted, selection[f"{sublayer}_random_neurons"][layer]]).unique()

@@ -14,6 +14,7 @@ from torch import Tensor
 from pkt_stages.artifacts import Artifact
 from pkt_stages.core.sensitivity import evenly_spaced, submatrix_sums
 from pkt_stages.errors import UserError
+from pkt_stages.models.load import is_same
 from pkt_stages.models.recipe import Block
 from pkt_stages.models.sites import Geometry, module_name
 from pkt_stages.progress import track
@@ -108,7 +109,7 @@ def read_submatrices(
         UserError: they were made for another target, or hold no such blocks.
     """
     made_for = found.meta.get("target", {}).get("model", {})
-    if any(made_for.get(key) != target[key] for key in ("name", "revision")):
+    if not is_same(made_for, target):
         raise UserError(
             f"{found.path}: made for the target {made_for.get('name')} at {made_for.get('revision')},"
             f" found {model} at {target['revision']}; run `pkt seek` for this target"

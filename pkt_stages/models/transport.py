@@ -143,13 +143,18 @@ def opened(target: ModelRef, tuned: ModelRef, base: ModelRef, *, fold: bool = Tr
         UserError: the source's two models differ in shape, or as `Folded`.
     """
     models = Models(Folded(target), Folded(tuned), Folded(base), fold)
-    if (first := models.tuned.sizes) != (second := models.base.sizes):
+    check_shapes(models.tuned.sizes, models.base.sizes, tuned.location, base.location)
+    return models
+
+
+def check_shapes(first: Geometry, second: Geometry, tuned: str, base: str) -> None:
+    """Raise UserError unless a trained model and its base, which are called so, are of one shape."""
+    if first != second:
         name = next(name for name in vars(first) if getattr(first, name) != getattr(second, name))
         raise UserError(
-            f"{tuned.location}: {name} {getattr(first, name)}, its base model {base.location} has"
-            f" {getattr(second, name)}; what training added is the difference of two models of one shape"
+            f"{tuned}: {name} {getattr(first, name)}, its base model {base} has {getattr(second, name)}; what training"
+            " added is the difference of two models of one shape"
         )
-    return models
 
 
 def carries_vocabulary(models: Models) -> bool:

@@ -110,6 +110,7 @@ def ladder(profile: Profile, results: Sequence[Result], oracle: Mapping[str, Any
         task
         for task in profile.tasks
         if all(task in found and measure.measured(found[task]) for found in (oracle, target_metrics))
+        and measure.comparable(oracle[task], target_metrics[task])
     ]
     if not tasks:
         return None
@@ -122,7 +123,7 @@ def ladder(profile: Profile, results: Sequence[Result], oracle: Mapping[str, Any
             whole, at_one, factors = {}, {}, {}
             for task in tasks:
                 metrics = result.metrics[head.slug].get(task)
-                if metrics is None or not measure.measured(metrics):
+                if metrics is None or not measure.measured(metrics) or not measure.comparable(metrics, oracle[task]):
                     continue
                 target, known = measure.results(target_metrics[task]), measure.results(oracle[task])
                 whole[task] = recovered(measure.results(metrics), target, known)

@@ -31,6 +31,10 @@ class Measure:
         """Whether an evaluation has values of this kind: scores need answers, which `nats_only` does without."""
         return all(self.key in run for run in metrics["runs"])
 
+    def comparable(self, *metrics: dict[str, Any]) -> bool:
+        """Whether the values may be compared: those of generated code only if it ran in sandboxes of one level."""
+        return bool(self.settings) or len({found["settings"].get("sandbox") for found in metrics}) == 1
+
     def results(self, metrics: dict[str, Any]) -> Tensor:
         """Values `[run, example]` float64."""
         import torch

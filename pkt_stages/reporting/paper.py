@@ -125,7 +125,7 @@ def claims(metrics: Metrics, tasks: Sequence[str], *, section: str) -> list[Clai
             continue
         for task in tasks:
             both = [metrics[claim[side]][task] for side in ("row", "other") if task in metrics[claim[side]]]
-            if len(both) == 2 and all(map(POINTS.measured, both)):
+            if len(both) == 2 and all(map(POINTS.measured, both)) and POINTS.comparable(*both):
                 row, other = map(POINTS.results, both)
                 found.append((claim, task))
                 compared.append((difference(row, other, POINTS), row, other))

@@ -24,6 +24,10 @@ NOTE = (
     " table on one task).\nElse no difference is shown, and ≥x says from which true difference on one would have been,"
     " with 80 % power.\n"
 )
+OTHER_SANDBOX = (
+    "[level]: its generated code ran in a sandbox of another level than the target's, so the two are not compared;\n"
+    "evaluate both on one kind of host, or with one PKT_SANDBOX."
+)
 
 
 def compact(value: float, digits: int, sign: str = "") -> str:
@@ -118,7 +122,8 @@ class Cell:
     are the means of the runs (seeds, or LaTen's unseen examples) and `spread` their standard deviation, None for one
     run. `run_stderrs` are the standard errors of each run. `bounds` is Wilson's 95 % interval of a score where all
     or no answers are right in every run, None else: there the standard error is 0 and says nothing. `versus` is the
-    difference to the target, None for the target itself.
+    difference to the target, None for the target itself and for a row whose generated code ran in another sandbox: of
+    the level `sandbox`, which is None for all others.
     """
 
     mean: float
@@ -130,6 +135,7 @@ class Cell:
     digits: int = 1
     run_stderrs: dict[str, float] = field(default_factory=dict)
     bounds: tuple[float, float] | None = None
+    sandbox: str | None = None
 
     @property
     def mean_text(self) -> str:
@@ -148,9 +154,9 @@ class Cell:
 
     def text(self) -> str:
         spread = f" ({compact(self.spread, self.digits)})" if self.spread is not None else ""
-        return (
-            f"{compact(self.mean, self.digits)} {self.bounds_text or f'±{compact(self.stderr, self.digits)}'}{spread}"
-        )
+        other = f" [{self.sandbox}]" if self.sandbox is not None else ""
+        error = self.bounds_text or f"±{compact(self.stderr, self.digits)}"
+        return f"{compact(self.mean, self.digits)} {error}{spread}{other}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,7 @@ def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None, 
     found = measure.results(metrics)
     labels = [run["label"] for run in metrics["runs"]]
     means = measure.unit * found.mean(1)
+    alike = target is None or measure.comparable(metrics, target)
     bounds = None
     if measure is POINTS and float(found[0, 0]) in (0.0, 1.0) and bool((found == found[0, 0]).all()):
         low, high = wilson(int(found[0].sum()), found.shape[1])
@@ -205,10 +212,11 @@ def summarise(row: str, metrics: dict[str, Any], target: dict[str, Any] | None, 
         n=found.shape[1],
         runs=dict(zip(labels, means.tolist(), strict=True)),
         spread=spread,
-        versus=difference(found, measure.results(target), measure) if target is not None else None,
+        versus=difference(found, measure.results(target), measure) if target is not None and alike else None,
         digits=measure.digits,
         run_stderrs={name: measure.unit * standard_error(run) for name, run in zip(labels, found, strict=True)},
         bounds=bounds,
+        sandbox=None if alike else metrics["settings"].get("sandbox"),
     )
 
 
@@ -220,7 +228,7 @@ def _check_comparable(row: str, metrics: dict[str, Any], target: dict[str, Any],
         if measure.settings and name not in measure.settings:
             continue
         here, there = metrics["settings"].get(name), target["settings"].get(name)
-        # Which sandbox ran the code depends on the host's kernel and is no part of the protocol.
+        # Which sandbox ran the code depends on the host's kernel: such rows are shown, but not compared.
         if here != there and name != "sandbox":
             raise UserError(
                 f"{where}: evaluated with {name} {here}, the target with {there}; evaluate both with equal settings"
@@ -293,6 +301,8 @@ def markdown(points: list[Row], nats: list[Row], tasks: Mapping[str, str]) -> st
                 versus = [row.versus(task) for task in tasks]
                 if any(versus):
                     differences.append([row.label, *(found.text() if found else "-" for found in versus)])
+        if any(cell.sandbox for row in rows for cell in row.cells.values()):
+            note += f"\n{OTHER_SANDBOX}"
         parts.append(f"{aligned(values)}\n{note}\n\n{aligned(differences)}")
     return "\n".join([*parts, NOTE])
 

@@ -163,6 +163,11 @@ def read_data(tokenizer: Any, selection: Selection, extract: Path, align: Path, 
         )
     if params.steps > len(known):
         raise UserError(f"{params.steps} steps need as many extract examples, the selection has {len(known)}")
+    if params.steps > selection.num_steps:
+        raise UserError(
+            f"{params.steps} steps need the rows of as many extract examples, the selection stores those of"
+            f" {selection.num_steps}; set `select.steps` to {params.steps} and run `pkt select` again"
+        )
     selection.transferred(None)  # there must be some
     aligned = read_examples(align)
 

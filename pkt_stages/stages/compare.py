@@ -17,7 +17,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.options import Device, DType, MicroBatch, Stopwatch, option, with_params
+from pkt_stages.options import AnyBase, Device, DType, MicroBatch, Stopwatch, option, with_params
 from pkt_stages.parallel import Group, joined
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def compare(
     delta: Annotated[Path | None, typer.Option(help="Row, adapter or delta to put into the second.")] = None,
     which: Annotated[str, typer.Option("--run", help="Which change of a row, by label or number from 0.")] = "0",
     submatrices: Annotated[Path | None, typer.Option(help="From `pkt seek`, for an adapter of init seeking.")] = None,
+    any_base: AnyBase = False,
     device: Device = "cpu",
     micro_batch_size: MicroBatch = 8,
 ) -> None:
@@ -92,7 +93,7 @@ def compare(
     """
     from pkt_stages.models import load
     from pkt_stages.models.batches import Batch
-    from pkt_stages.models.changes import read_changes
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.comparison import MARK, Comparison, ranges_of, similarity_of, start_of
     from pkt_stages.models.texts import encode_texts, paired_texts, read_texts
 
@@ -104,8 +105,7 @@ def compare(
     models = {ref: load.identity(ref) for ref in refs}
     row = stored = change = start = None
     if delta is not None:
-        row = read_changes(delta)
-        row.check_target(models[refs[1]])
+        row = changes_of(delta, models[refs[1]], any_base=any_base)
         stored = row.one(which)
         change, start = stored.load(), start_of(row, stored, submatrices, models[refs[1]])
     if params.reduction in ("all", "per_sequence"):

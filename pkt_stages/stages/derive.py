@@ -15,7 +15,7 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 from pkt_stages.methods import Method
-from pkt_stages.options import Device, MethodName, Stopwatch, option, with_method
+from pkt_stages.options import AnyBase, Device, MethodName, Stopwatch, option, with_method
 
 if TYPE_CHECKING:
     from pkt_stages.models.derivation import Derived, Inputs
@@ -76,24 +76,29 @@ def derive(
     delta: Annotated[Path | None, typer.Option(help="Another row's folder, or a delta.")] = None,
     examples: Annotated[Path | None, typer.Option(help="Folder of examples: <task>/align.jsonl.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts (.jsonl) from `pkt texts`.")] = None,
+    any_base: AnyBase = False,
     device: Device = "cpu",
 ) -> None:
     """Make a row without any training, by a file of pkt_stages/methods; it says what it takes."""
-    from pkt_stages.models.changes import LIST, read_changes, write_changes
+    from pkt_stages.models.changes import LIST, changes_of, read_changes, write_changes
     from pkt_stages.models.derivation import Inputs
-    from pkt_stages.models.load import check_device, resolve
+    from pkt_stages.models.load import check_device, identity, resolve
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, LIST)
     check_device(device)
+    of = resolve(target) if target is not None else None
+    row = None
+    if delta is not None:
+        row = read_changes(delta) if of is None else changes_of(delta, identity(of), any_base=any_base)
     inputs = Inputs(
-        target=resolve(target) if target is not None else None,
+        target=of,
         source=resolve(source) if source is not None else None,
         base=resolve(base) if base is not None else None,
         submatrices=submatrices,
         correlation=correlation,
         gradients=gradients,
-        delta=read_changes(delta) if delta is not None else None,
+        delta=row,
         examples=examples,
         texts=texts,
         device=device,

@@ -22,7 +22,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.evaluation.scales import read_scales
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.examples import Example, read_examples, write_jsonl
-from pkt_stages.options import SCRATCH, BatchSize, Device, Model, Scratch, Stopwatch, with_params
+from pkt_stages.options import SCRATCH, AnyBase, BatchSize, Device, Model, Scratch, Stopwatch, with_params
 
 if TYPE_CHECKING:
     from pkt_stages.evaluation.backends import Backend
@@ -42,11 +42,13 @@ def run(
     batch_size: int,
     device: str,
     scratch: Path,
+    sandbox: str | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     """Evaluations by label: of the model with each change in turn, or of the model alone as `base`.
 
     Args:
+        sandbox: level for generated code; None: the strongest that the host has.
         scales: what each change is multiplied by; None: 1.
 
     Returns:
@@ -69,6 +71,7 @@ def run(
             template=params.template,
             decoding=params.decoding(),
             sandbox_floor=params.sandbox_floor,
+            sandbox_level=sandbox,
             sandbox_seconds=params.sandbox_seconds,
             sandbox_memory_mb=params.sandbox_memory_mb,
             scratch=scratch,
@@ -96,7 +99,7 @@ def run(
 
     found, unscaled = {}, {}
     for label, stored in changes.items():
-        change, content = stored.load(), stored.content_hash()
+        change, content = stored.load(), stored.content_hash
         found[label] = scaled(change, content, (scales or {}).get(label, 1.0), params.nats_only)
         if scales is not None:
             unscaled[label] = scaled(change, content, 1.0, nats_only=True)
@@ -116,13 +119,22 @@ def evaluate(
     ] = None,
     scales: Annotated[Path | None, typer.Option(help="Factors of the changes, from `pkt scale`; by default 1.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Where to write every prediction (.jsonl).")] = None,
+    any_base: AnyBase = False,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(
+            help="Sandbox for generated code, by its level; it stands in the metrics.",
+            envvar="PKT_SANDBOX",
+            show_default="the strongest of this host",
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     scratch: Scratch = SCRATCH,
 ) -> None:
     """Score a model on a test set; generated code runs in a sandbox."""
     from pkt_stages.evaluation.engine import check_examples, metrics
-    from pkt_stages.models.changes import read_changes
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.load import check_device, identity, load_config, resolve
 
     watch = Stopwatch()
@@ -131,17 +143,18 @@ def evaluate(
     ref = resolve(model)
     check_device(device)
     load_config(ref)
-    rows = [read_changes(path) for path in delta or []]
     asked = identity(ref)
-    for row in rows:
-        row.check_target(asked)
+    rows = [changes_of(path, asked, any_base=any_base) for path in delta or []]
     changes = runs(rows)
     factors = read_scales(scales, changes) if scales is not None else None
     how: Any = {"batch_size": batch_size, "device": device, "scratch": scratch, "scales": factors}
+    how["sandbox"] = sandbox or None
     found, unscaled = run(ref, changes, examples, task, params, **how)
     if predictions is not None:
         write_jsonl(predictions, [{"run": label} | row for label, made in found.items() for row in made.predictions])
     result = metrics(list(found.items()))
+    for one in result["runs"]:
+        one |= {"change": changes[one["label"]].content_hash} if changes else {}
     if factors is not None:
         result["scales"] = factors
         result["unscaled"] = metrics(list(unscaled.items()))

@@ -7,16 +7,14 @@ and shapes, and be of that base by its own word.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pkt_stages import artifacts, hub
-from pkt_stages.errors import UserError, shown
+from pkt_stages import artifacts
+from pkt_stages.errors import UserError
 from pkt_stages.options import MethodName, Stopwatch, Target, option, with_params
 
 if TYPE_CHECKING:
@@ -43,48 +41,22 @@ def run(folders: list[Path], config: Any, base: dict[str, Any], *, any_base: boo
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pkt_stages.models.adapters import CONFIG, load_adapter
+    from pkt_stages.models.adapters import load_adapter
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.merge import check
-    from pkt_stages.models.rows import read_object
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found = {}
     for folder in folders:
         adapter = load_adapter(folder)
-        if not any_base:
-            check_base(folder, read_object(folder / CONFIG), base)
+        changes_of(folder, base, any_base=any_base)
         try:
             check(model, adapter)
         except UserError as error:
             raise UserError(f"{folder}: does not fit the target {base['name']}: {error}") from None
         found[folder.name] = adapter
     return found
-
-
-def check_base(folder: Path, said: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Hold an adapter to the base that its config names; folders of models, which lie anywhere, by their last part.
-
-    Args:
-        said: the adapter's config.
-        base: the target's identity.
-
-    Raises:
-        UserError: it names another model, or another commit of it.
-    """
-    name, revision, wanted = said.get("base_model_name_or_path"), said.get("revision"), str(base["name"])
-    if not isinstance(name, str) or not name:
-        print(f"pkt: warning: {folder}: names no base model, so that only shapes are compared", file=sys.stderr)
-        return
-    on_hub = hub.is_repo_name(name) and hub.is_repo_name(wanted)
-    pinned = on_hub and hub.is_pinned(revision) and hub.is_pinned(base["revision"])
-    same = name == wanted if on_hub else Path(name).name == Path(wanted).name
-    if not same or (pinned and revision != base["revision"]):
-        at = f" at {revision}" if pinned else ""
-        raise UserError(
-            f"{folder}: an adapter of {shown(name)}{at}, found the target {wanted} at {base['revision']}; give its own"
-            " target, or --any-base (`any_base: true`) if it is the same model"
-        )
 
 
 @with_params("import", ImportParams)

@@ -72,12 +72,12 @@ def neurons(
     out: Annotated[Path, typer.Option(help="Where to write the table (JSON).")],
 ) -> None:
     """List the highest-scored neurons of some examples with the tokens they stand for; the model is the attributed."""
-    from pkt_stages.models.load import identity, load_tokenizer, resolve
+    from pkt_stages.models.load import identity, is_same, load_tokenizer, resolve
 
     watch = Stopwatch()
     ref = resolve(model)
     found = artifacts.load(attribution, artifacts.ATTRIBUTION)
-    if found.meta["model"] != identity(ref):
+    if not is_same(found.meta["model"], identity(ref)):
         raise UserError(f"{attribution}: made from {found.meta['model']['name']}, {model} is another model")
     table = run(found, load_tokenizer(ref), params)
     about = {"model": found.meta["model"], "params": asdict(params), "attribution": found.meta["params"]}

@@ -3,14 +3,14 @@
 The first four are drawn by seed from the training pool and do not overlap; each is a prefix of one permutation after
 the other, with `transfer` (LaTen's unseen examples) last, so that more of those changes none of the others.
 
-A team's own split files are taken in their order instead; `transfer` is drawn from their train file where it has no
-file, and left out of the train set.
+A team's own split files are taken in their order instead, whole where the params name no count; `transfer` is drawn
+from their train file where it has no file, and left out of the train set.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,22 +24,39 @@ from pkt_stages.options import Stopwatch, option, with_params
 from pkt_stages.progress import track
 from pkt_stages.tasks import Task
 
-SETS = ("extract", "align", "train", "transfer")
+# The sets, and how many examples of a benchmark's pool each holds where the params do not say.
+COUNTS = {"extract": 32, "align": 80, "train": 1000, "transfer": 3}
+SETS = tuple(COUNTS)
 
 
 @dataclass(frozen=True)
 class PrepareParams:
-    """How many examples each set holds."""
+    """How many examples each set holds; None: `COUNTS` of a benchmark's pool, or all that an own file holds."""
 
-    extract: int = option(32, "Examples to locate neurons with, also LaTen's largest number of steps.", ge=1)
-    align: int = option(80, "Examples to align with, those held out for the choice of the step among them.", ge=1)
-    train: int = option(1000, "Examples for fine-tuning.", ge=1)
-    transfer: int = option(3, "Unseen examples whose rows LaTen injects in the end.", ge=1)
+    extract: int | None = option(
+        None,
+        "Examples to locate neurons with, also LaTen's largest number of steps; None: 32, or all of an own file.",
+        ge=1,
+    )
+    align: int | None = option(
+        None,
+        "Examples to align with, those held out to choose the step among them; None: 80, or all of an own file.",
+        ge=1,
+    )
+    train: int | None = option(None, "Examples for fine-tuning; None: 1000, or all of an own file.", ge=1)
+    transfer: int | None = option(
+        None, "Unseen examples whose rows LaTen injects in the end; None: 3, or all of an own file.", ge=1
+    )
     test: int | None = option(None, "Test examples, drawn by seed; none means all.", ge=1)
     max_chars: int | None = option(
         None, "Pool examples longer than this (prompt and answer, characters) are left out.", ge=1
     )
     seed: int = option(0, "Seed of the draw.")
+
+    def count(self, name: str) -> int:
+        """How many examples of a pool a set takes."""
+        given: int | None = getattr(self, name)
+        return COUNTS[name] if given is None else given
 
 
 def run(given: Mapping[str, list[Example]], params: PrepareParams) -> dict[str, list[Example]]:
@@ -69,43 +86,48 @@ def draw(pool: list[Example], test: list[Example], params: PrepareParams) -> dic
     """
     short = [e for e in pool if params.max_chars is None or len(e.prompt) + len(e.answer) <= params.max_chars]
     unique = _unlike(short, test)
-    wanted = sum(getattr(params, name) for name in SETS)
+    wanted = sum(map(params.count, SETS))
     if wanted > len(unique):
         raise UserError(
-            f"{wanted} examples wanted ({', '.join(f'{n} {getattr(params, n)}' for n in SETS)}), the pool holds"
+            f"{wanted} examples wanted ({', '.join(f'{n} {params.count(n)}' for n in SETS)}), the pool holds"
             f" {len(unique)} different ones; lower the section `prepare`"
         )
     order = random.Random(params.seed).sample(range(len(unique)), wanted)
     sets, start = {}, 0
     for name in SETS:
-        sets[name] = [unique[i] for i in order[start : start + getattr(params, name)]]
-        start += getattr(params, name)
+        sets[name] = [unique[i] for i in order[start : start + params.count(name)]]
+        start += params.count(name)
     return sets
 
 
 def split(own: dict[str, list[Example]], test: list[Example], params: PrepareParams) -> dict[str, list[Example]]:
-    """The first examples of a team's own files.
+    """The first examples of a team's own files; all of them where the params name no count.
 
     Args:
         own: extract, align, train, and transfer if there is a file of it.
 
     Raises:
-        UserError: a file is too short, or two of the sets (test included) share a prompt.
+        UserError: files are too short, or two of the sets (test included) share a prompt.
     """
     if params.max_chars is not None:
         raise UserError("`prepare.max_chars` is for a benchmark's rows; own files are taken as they are; remove it")
-    own = dict(own)
+    own, beside = dict(own), ""
     if "transfer" not in own:
-        held = random.Random(params.seed).sample(range(len(own["train"])), min(params.transfer, len(own["train"])))
+        held = random.Random(params.seed).sample(
+            range(len(own["train"])), min(params.count("transfer"), len(own["train"]))
+        )
         own["transfer"] = [own["train"][i] for i in held]
         own["train"] = [example for i, example in enumerate(own["train"]) if i not in held]
+        beside = " beside the transfer examples"
+    wanted = {name: getattr(params, name) or len(own[name]) for name in SETS}
+    wanted["transfer"] = params.count("transfer") if beside else wanted["transfer"]
+    if short := [name for name in SETS if len(own[name]) < max(1, wanted[name])]:
+        held_by = {name: f"the file holds {len(own[name])}{beside * (name == 'train')}" for name in short}
+        told = [f"{name}: {max(1, wanted[name])} examples wanted, {held_by[name]}" for name in short]
+        raise UserError(f"{', '.join(told)}; set {', '.join(f'`prepare.{name}`' for name in short)}")
     taken = {example.prompt: "test" for example in test}
     for name in SETS:
-        wanted, found = getattr(params, name), len(own[name])
-        if found < wanted:
-            rest = " beside the transfer examples" if name == "train" else ""
-            raise UserError(f"{name}: {wanted} examples wanted, the file holds {found}{rest}; set `prepare.{name}`")
-        own[name] = own[name][:wanted]
+        own[name] = own[name][: wanted[name]]
         for example in own[name]:
             if taken.setdefault(example.prompt, name) != name:
                 other = taken[example.prompt]
@@ -150,6 +172,25 @@ def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
     return [task.example(row, f"{task.name}_{pool}_{n}", split.schema) for n, row in numbered]
 
 
+def read_given(data: Path, task: Task, pools: Sequence[str] = ("train", "test")) -> dict[str, list[Example]]:
+    """What `run` takes, from a task's folder of data.
+
+    Args:
+        pools: to read, but for a train pool in whose place there are own sets.
+
+    Raises:
+        UserError: as `read_examples` and `read_pool`.
+    """
+    given: dict[str, list[Example]] = {}
+    if (data / "extract.jsonl").is_file():
+        names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
+        given = {name: read_examples(data / f"{name}.jsonl") for name in names}
+    for name in pools:
+        if name not in given:
+            given[name] = read_pool(data, name, task)
+    return given
+
+
 @with_params("prepare", PrepareParams)
 def prepare(
     params: PrepareParams,
@@ -166,15 +207,7 @@ def prepare(
 ) -> None:
     """Turn a benchmark's rows into prompts and draw the example sets."""
     watch = Stopwatch()
-    its = tasks.load(task)
-    given: dict[str, list[Example]] = {}
-    if (data / "extract.jsonl").is_file():
-        names = [name for name in SETS if name != "transfer" or (data / "transfer.jsonl").is_file()]
-        given = {name: read_examples(data / f"{name}.jsonl") for name in names}
-    for name in ("train", "test"):
-        if name not in given:
-            given[name] = read_pool(data, name, its)
-    sets = run(given, params)
+    sets = run(read_given(data, tasks.load(task)), params)
     for name, examples in sets.items():
         write_jsonl(out / f"{name}.jsonl", [example.to_row() for example in examples])
     watch.summary("prepare", ", ".join(f"{len(examples)} {name}" for name, examples in sets.items()), out)

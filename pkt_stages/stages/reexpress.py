@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pkt_stages.models.folding import Folded
     from pkt_stages.models.reexpression import Reexpression
+    from pkt_stages.models.sites import Geometry
 
 MARK = "reexpression.json"  # what a folder of this command holds beside the model
 SHARD_BYTES = 2 * 1024**3
@@ -56,12 +57,17 @@ def run(model: Folded, params: ReexpressParams, like: Any) -> Reexpression:
     """
     from pkt_stages.models.reexpression import reexpression
 
-    given = {name: value for name in SHAPE if (value := getattr(params, name)) is not None}
-    new = replace(model.sizes, **{name: getattr(like, name) for name in SHAPE} | given)
-    new = replace(new, d_head=like.d_head, vocab_size=model.sizes.vocab_size)
+    new = new_sizes(params, model.sizes, like)
     return reexpression(
         model.sizes, new, permute=params.permute, rotate=params.rotate, filler=params.filler, seed=params.seed
     )
+
+
+def new_sizes(params: ReexpressParams, own: Geometry, like: Geometry) -> Geometry:
+    """The new shape: the params', else that of `like`; the vocabulary stays."""
+    given = {name: value for name in SHAPE if (value := getattr(params, name)) is not None}
+    shape = {name: getattr(like, name) for name in (*SHAPE, "d_head")} | given
+    return replace(own, **shape)
 
 
 @with_params("reexpress", ReexpressParams)

@@ -18,7 +18,7 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.encoding import PromptParams
 from pkt_stages.examples import Example, align_files, read_examples
-from pkt_stages.options import BatchSize, Device, DType, Model, Stopwatch, option, with_params
+from pkt_stages.options import AnyBase, BatchSize, Device, DType, Model, Stopwatch, option, with_params
 from pkt_stages.progress import track
 from pkt_stages.templates import dated
 
@@ -104,11 +104,12 @@ def scale(
     delta: Annotated[Path, typer.Option(help="What a method made: a row's folder, a delta, or a PEFT adapter.")],
     examples: Annotated[Path, typer.Option(help="Folder of examples: <task>/align.jsonl, from `pkt prepare`.")],
     out: Annotated[Path, typer.Option(help="Where to write the factors (JSON), for `pkt evaluate --scales`.")],
+    any_base: AnyBase = False,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
 ) -> None:
     """Choose the factor of each change on held-out align examples, by the likelihood of their answers."""
-    from pkt_stages.models.changes import read_changes
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.load import check_device, identity, load_config, load_tokenizer, resolve
 
     watch = Stopwatch()
@@ -117,19 +118,19 @@ def scale(
     ref = resolve(model)
     check_device(device)
     load_config(ref)
-    row = read_changes(delta)
-    row.check_target(identity(ref))
+    model_identity = identity(ref)
+    row = changes_of(delta, model_identity, any_base=any_base)
     found = run(ref, row.items, asked, params, batch_size=batch_size, device=device)
     chosen: dict[str, Any] = {
         label: {
             "scale": best(likelihoods),
-            "change": row.items[label].content_hash(),
+            "change": row.items[label].content_hash,
             "nats": [[factor, by_task] for factor, by_task in likelihoods.items()],
         }
         for label, likelihoods in found.items()
     }
     counts = {task: len(rows) for task, rows in asked.items()}
-    made = {"model": identity(ref), "params": asdict(params), **dated(load_tokenizer(ref), params.template)}
+    made = {"model": model_identity, "params": asdict(params), **dated(load_tokenizer(ref), params.template)}
     artifacts.write_json(out, {"chosen": chosen, "examples": counts, **made})
     shown = ", ".join(f"{label} {one['scale']:g}" for label, one in chosen.items())
     watch.summary("scale", f"{shown}, on {sum(counts.values())} examples of {len(counts)} tasks", out)

@@ -1,9 +1,9 @@
 """Which layers and neurons of the source go where in the target? (paper 4.2; METHODS section 3)
 
 Two attributions -> `selection`: layer pairs and neuron indices in score order, for the settings themselves and each
-variant of them; and, with the source's checkpoint, `source_rows`: the rows at the selected neurons, and at as many
-random ones for a control; with its base model's checkpoint those of that one, too, for what training changed. From
-there on no source model is needed.
+variant of them; and, with the source's checkpoint, `source_rows`: the rows that the settings can use, those of the
+extract examples that `align` takes a step with and of the transfer examples; with its base model's
+checkpoint those of that one, too, for what training changed. From there on no source model is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.artifacts import Artifact
 from pkt_stages.errors import UserError, shown
-from pkt_stages.options import Source, Stopwatch, option, with_params
+from pkt_stages.options import Source, Stopwatch, Task, option, with_params
 from pkt_stages.params import build
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ class Rule:
 class SelectParams(Rule):
     """Settings of the selection."""
 
-    max_rate: float = option(0.2, "Share of the target's neurons to select; align takes any up to it.", gt=0, le=1)
+    max_rate: float = option(0.1, "Share of the target's neurons to select; align takes any up to it.", gt=0, le=1)
+    steps: int = option(
+        4, "Rows are stored of the first so many extract examples: one per step of align, whose number is taken.", ge=1
+    )
+    random_neurons: bool = option(False, "Store as many random neurons' rows of every layer, too, for a control.")
     seed: int = option(0, "Seed of the random neurons that a control uses.")
     variants: dict[str, dict[str, str]] | None = option(
         None, "Further selections by name, each with what it changes of layer_rule, norm, coefficient, scores_of."
@@ -119,9 +123,10 @@ def select(
     base: Annotated[
         str | None, typer.Option(help="What the source's training began with: its rows are kept, too.")
     ] = None,
+    task: Task = None,
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
-    from pkt_stages.models.load import identity, load_config, resolve
+    from pkt_stages.models.load import identity, is_same, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.selection import BASE_ROWS, INDICES, ROWS, extract_rows, random_neurons
     from pkt_stages.models.sites import geometry
@@ -136,7 +141,7 @@ def select(
         )
     ref = resolve(source)
     model, expected = identity(ref), found["source"].meta["model"]
-    if model != expected:
+    if not is_same(model, expected):
         raise UserError(
             f"{source}: not the model that {source_scores} was made from (expected {expected['name']} at"
             f" {expected['revision']}, found {model['name']} at {model['revision']}); run `pkt attribute` again"
@@ -156,8 +161,11 @@ def select(
         chosen = run(found["source"], found["target"], rule, params.max_rate)
         tensors |= {f"{name}.{key}": tensor for key, tensor in chosen.items()}
     counts = {s: tensors[f"default.{s}_source_neurons"].shape[2] for s in ("ffn", "attn")}
-    tensors |= random_neurons(sizes, counts, params.seed)
-    rows = extract_rows(Checkpoint(ref), sizes, tensors)
+    drawn = counts if params.random_neurons else dict.fromkeys(counts, 0)
+    tensors |= random_neurons(sizes, drawn, params.seed)
+    sets = [example["set"] for example in found["source"].meta["examples"]]
+    used = [n for n, name in enumerate(sets) if name == "transfer" or sets[:n].count("extract") < params.steps]
+    rows = extract_rows(Checkpoint(ref), sizes, tensors, used)
     meta: dict[str, Any] = {
         side: {"model": artifact.meta["model"], "geometry": artifact.meta["geometry"]}
         for side, artifact in found.items()
@@ -166,12 +174,13 @@ def select(
     with artifacts.replaced_folder(out, INDICES) as folder:
         artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
         if base_ref is not None:
-            base_rows = extract_rows(Checkpoint(base_ref), sizes, tensors)
+            base_rows = extract_rows(Checkpoint(base_ref), sizes, tensors, used)
             artifacts.save(folder / BASE_ROWS, artifacts.SOURCE_ROWS, base_rows, meta | {"base": identity(base_ref)})
         artifacts.save(folder / INDICES, artifacts.SELECTION, tensors, meta)
     pairs = tensors["default.ffn_layers"].shape
     what = f"{pairs[1]} layer pairs, {counts['ffn']} FFN and {counts['attn']} attention neurons each"
-    watch.summary("select", f"{what}, {pairs[0]} examples", out)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in rows.values()) / 1e6
+    watch.summary("select", f"{what}, {pairs[0]} examples, rows of {len(used)} ({size:,.1f} MB)", out)
 
 
 def _check_cuts(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:

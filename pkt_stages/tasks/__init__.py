@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pkt_stages.errors import UserError
+from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example
 from pkt_stages.profile import TASK_FILE, TASKS
 
@@ -133,7 +133,8 @@ def load(name: str) -> Task:
     """
     if name not in names():
         there = TASKS / name / TASK_FILE
-        raise UserError(f"unknown task {name!r}; expected one of {', '.join(names())}, or {there} here")
+        known = f"expected one of {', '.join(names())}, or {there} here"
+        raise UserError(f"unknown task {name!r}{meant(name, names())}; {known}")
     if name not in _packages():
         # By name, so that a task with code of its own does not depend on it.
         found: Task = importlib.import_module(f"{__name__}.mapped").read(TASKS / name)

@@ -19,6 +19,7 @@ import typer
 
 from pkt_stages.errors import UserError
 from pkt_stages.progress import track
+from pkt_stages.tools.check import whereabouts, without_git
 
 State = Literal["ok", "note", "bad"]
 SIGNS: dict[State, str] = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -110,7 +111,10 @@ def disk() -> Iterator[Finding]:
 def dvc() -> Iterator[Finding]:
     """Is this a DVC repository, how does its cache link, and is there a remote to share with?"""
     if not Path("dvc.yaml").is_file():
-        yield Finding("DVC", "bad", "no dvc.yaml here", "run this in the project's root")
+        yield Finding("DVC", "bad", "no dvc.yaml here", whereabouts())
+        return
+    if advice := without_git():
+        yield Finding("git", "bad", "no git repository here, and DVC's commands need one", advice)
         return
     link = _dvc_config("cache.type") or "reflink,copy (DVC's default)"
     advice = "to halve disk use: dvc config --local cache.type reflink,hardlink,symlink (outputs become read-only)"
@@ -179,13 +183,17 @@ def sandbox() -> Iterator[Finding]:
     from pkt_stages.evaluation.sandbox.levels import LEVELS
     from pkt_stages.evaluation.sandbox.pool import strongest
 
-    level, why = strongest(memory_mb=512)
+    try:
+        level, why = strongest(memory_mb=512)
+    except UserError as error:
+        yield Finding("sandbox", "bad", str(error), "run `pkt doctor` again")
+        return
     if level == LEVELS[0]:
         yield Finding("sandbox", "ok", level)
     elif level is None:
         yield Finding("sandbox", "bad", f"none works ({why})", "humaneval and mbpp cannot be evaluated on this host")
     else:
-        advice = "tiny runs; for real models mend that, or lower evaluate.sandbox_floor"
+        advice = "tiny runs; for real models mend that, or lower sandbox_floor in the tasks' part `evaluate`"
         yield Finding("sandbox", "note", f"{level} at most ({why})", advice)
 
 

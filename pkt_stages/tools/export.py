@@ -13,7 +13,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.options import Device, DType, Model, Stopwatch
+from pkt_stages.options import AnyBase, Device, DType, Model, Stopwatch
 
 if TYPE_CHECKING:
     from pkt_stages.models.adapters import Adapter
@@ -40,11 +40,12 @@ def export(
     allow_rounding_loss: Annotated[
         bool, typer.Option("--allow-rounding-loss", help="Go on if rounding loses over half of the delta's norm.")
     ] = False,
+    any_base: AnyBase = False,
     device: Device = "cpu",
 ) -> None:
     """Write a row of the table as a model that needs nothing of this project, or as a LoRA adapter."""
     from pkt_stages.models.adapters import save_adapter
-    from pkt_stages.models.changes import read_changes
+    from pkt_stages.models.changes import changes_of
     from pkt_stages.models.load import check_device, identity, load_config, resolve
     from pkt_stages.models.merge import ROUNDING_WARN
     from pkt_stages.tools.card import CARD, card, read_scores
@@ -59,8 +60,8 @@ def export(
     ref = resolve(model)
     check_device(device)
     load_config(ref)
-    row, base = read_changes(delta), identity(ref)
-    row.check_target(base)
+    base = identity(ref)
+    row = changes_of(delta, base, any_base=any_base)
     stored = row.one(run)
     found = read_scores(scores or [], row, stored, scale)
     with artifacts.replaced_folder(out, CARD) as folder:

@@ -6,13 +6,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pkt_stages.errors import UserError
-from pkt_stages.params import read_params
-from pkt_stages.profile import read_profile
 from pkt_stages.quiet import quiet_dvc
+from pkt_stages.tools.check import GRAPH, check_profiles, whereabouts, without_git
 from pkt_stages.tools.provenance import OUTPUTS
 
 
@@ -30,8 +28,10 @@ class Graph:
 
         self._repo, self._allow_missing = repo, allow_missing
         self._params: dict[str, Any] = {}  # params files, read once each time that DVC's lock is held
-        targets = targets or ["dvc.yaml"]
-        _check_profiles(targets)
+        targets = targets or [GRAPH]
+        if GRAPH in targets and not os.path.exists(GRAPH):
+            raise UserError(f"no {GRAPH} here; {whereabouts()}")
+        check_profiles(targets, allow_missing=allow_missing)
         try:
             with lock_repo(repo):
                 wanted = collect_stages(repo, targets, glob=glob)
@@ -163,18 +163,6 @@ def open_repo() -> Iterator[Any]:
         try:
             repo = Repo()
         except DvcException as error:
-            raise UserError(f"{error}; run this in the project's folder") from None
+            raise UserError(f"{error}; {without_git() or whereabouts()}") from None
         with contextlib.closing(repo):
             yield repo
-
-
-def _check_profiles(targets: Sequence[str]) -> None:
-    """Read the targets' profiles, because DVC's word on a mistake in one is about an instance of a stage.
-
-    Raises:
-        UserError: see `read_profile`.
-    """
-    for folder in sorted({Path(target.partition(":")[0]).parent for target in targets}):
-        params = folder / "params.yaml"
-        if params.exists() and "made_by" in read_params(params):
-            read_profile(params)

@@ -21,7 +21,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
-from pkt_stages.params import build, read_settings
+from pkt_stages.params import build, read_params, read_settings
 from pkt_stages.profile import read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
@@ -38,6 +38,7 @@ from pkt_stages.stages.gradients import GradientsParams
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
+from pkt_stages.stages.select import SelectParams
 
 if TYPE_CHECKING:
     from pkt_stages.tools.graph import Graph
@@ -82,6 +83,20 @@ def num_parameters(sizes: Geometry) -> int:
     names = (*SITES, "ffn_gate", "attn_q", "attn_k")
     layer = sum(rows * columns for rows, columns in map(sizes.weight_shape, names))
     return sizes.num_layers * layer + 2 * sizes.vocab_size * sizes.d_model
+
+
+def selected_bytes(source: Geometry, target: Geometry, examples: int, rate: float, *, random: bool) -> int:
+    """The most that the rows of a selection take, two bytes a number: a neuron that examples share is stored once.
+
+    Args:
+        examples: whose rows are stored, times the variants of the selection.
+        random: as many random neurons of every source layer are stored, too.
+    """
+    pairs, rows = min(source.num_layers, target.num_layers), 0
+    for neurons, receiving in ((source.d_ff, target.d_ff), (source.num_attn_neurons, target.d_model)):
+        layers = examples * pairs + random * source.num_layers
+        rows += min(layers * int(rate * receiving + 1e-9), source.num_layers * neurons)
+    return 2 * rows * 2 * source.d_model  # subkeys and subvalues
 
 
 class Estimator:
@@ -180,7 +195,7 @@ class Estimator:
         ]
         crossed = sum(s * t for s, t in zip(*widths, strict=True))
         own = sum(width**2 for side in widths for width in side) * settings.grams
-        examples = settings.num_examples or self._prepared(options).align
+        examples = settings.num_examples or self._prepared(options).count("align")
         tokens = 4 * examples * self._tokens  # of four tasks
         passes = -(-pairs // GRADIENT_PAIRS)
         return Need(
@@ -192,14 +207,14 @@ class Estimator:
     def _scale(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--model"])
         settings = self._settings(options, "scale", ScaleParams)
-        examples = self._prepared(options).align * (len(settings.tasks) or 4)
+        examples = self._prepared(options).count("align") * (len(settings.tasks) or 4)
         width = WIDTHS[settings.dtype]
         return Need(flops=2 * size * examples * self._tokens * (1 + len(settings.scales)), memory=1.3 * size * width)
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
         settings, prepared = self._settings(options, "attribute", AttributeParams), self._prepared(options)
-        examples = prepared.extract + prepared.transfer
+        examples = prepared.count("extract") + prepared.count("transfer")
         variants = len(settings.norms)
         neurons = sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons)
         stored = sizes.num_layers * (sizes.d_ff + len(settings.coefficients) * sizes.num_attn_neurons)
@@ -211,17 +226,23 @@ class Estimator:
         )
 
     def _select(self, options: Mapping[str, str]) -> Need:
-        sizes, _ = self._model(options["--source"])
-        # At most: every neuron of every layer is wanted by some example.
-        models = 2 if "--base" in options else 1
-        return Need(disk=models * 2 * 2 * sizes.num_layers * (sizes.d_ff + sizes.num_attn_neurons) * sizes.d_model)
+        source, _ = self._model(options["--source"])
+        target = source
+        if "--params" in options:
+            profile = read_params(self._root / options["--params"])
+            target, _ = self._model(f"{profile['models_dir']}/{profile['target']}")
+        settings, prepared = self._settings(options, "select", SelectParams), self._prepared(options)
+        examples = min(settings.steps, prepared.count("extract")) + prepared.count("transfer")
+        examples *= len(settings.rules())
+        size = selected_bytes(source, target, examples, settings.max_rate, random=settings.random_neurons)
+        return Need(disk=size * (2 if "--base" in options else 1))
 
     def _align(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--target"])
         settings = self._settings(options, "align", AlignParams)
         # The mapping's width is the source's; the target's stands in for it, which underrates by a third or so.
         mapping = len(SITES) * 2 * sizes.d_model**2
-        validated = settings.validation_size * self._prepared(options).transfer
+        validated = settings.validation_size * self._prepared(options).count("transfer")
         tokens = self._tokens * (2 * settings.batch_size + validated) * settings.steps
         activations = 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * 2
         return Need(
@@ -233,7 +254,7 @@ class Estimator:
     def _inject(self, options: Mapping[str, str]) -> Need:
         sizes, _ = self._model(options["--target"])
         rate = self._settings(options, "align", AlignParams).rate
-        return Need(disk=rate * self._prepared(options).transfer * self._rows(sizes))
+        return Need(disk=rate * self._prepared(options).count("transfer") * self._rows(sizes))
 
     def _derive(self, options: Mapping[str, str]) -> Need:
         """Of a delta that is made from another one, as many bytes as that has: few."""
@@ -280,7 +301,7 @@ class Estimator:
             s.num_layers * sum(rows * columns for rows, columns in map(s.weight_shape, SITES)) for s in (source, target)
         )
         return Need(
-            flops=6 * size * self._prepared(options).extract * self._tokens,
+            flops=6 * size * self._prepared(options).count("extract") * self._tokens,
             memory=size * width + 4 * held + self._tokens * source.num_layers * 34 * source.d_model * 2,
             disk=width * kept,
         )
@@ -302,7 +323,7 @@ class Estimator:
             written: the target writes its own answers.
         """
         sizes, size = self._model(options["--target"])
-        examples = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        examples = settings.num_examples or self._prepared(options).count(settings.train_set)
         tokens = examples * self._tokens * settings.epochs * len(settings.seeds)
         width = WIDTHS[settings.dtype]
         return Need(
@@ -316,7 +337,7 @@ class Estimator:
     def _generate(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--source"])
         settings = self._settings(options, "generate", GenerateParams)
-        answers = settings.num_examples or getattr(self._prepared(options), settings.train_set)
+        answers = settings.num_examples or self._prepared(options).count(settings.train_set)
         return self._written(size, answers, WRITTEN_TOKENS, WIDTHS[settings.dtype])
 
     def _evaluate(self, options: Mapping[str, str]) -> Need:
@@ -324,7 +345,7 @@ class Estimator:
         task = tasks.load(options["--task"])
         settings, prepared = self._settings(options, "evaluate", EvaluateParams), self._prepared(options)
         rows = settings.limit or prepared.test or task.num_test
-        runs = prepared.transfer if "--delta" in options else 1
+        runs = prepared.count("transfer") if "--delta" in options else 1
         return self._written(size, rows * runs * settings.num_samples, task.answer_tokens, WIDTHS[settings.dtype])
 
     def _written(self, size: int, answers: int, tokens: int, width: int) -> Need:
@@ -421,6 +442,7 @@ def plan(
     peak = max((need.memory for need in needs.values()), default=0) / GIB
     disk = sum(need.disk for need in needs.values()) / GIB
     typer.echo(
-        f"plan: {len(needs)} of {len(graph.stages)} stages are out of date: about {seconds / 3600:.1f} GPU hours,"
+        f"plan: at most {len(needs)} of {len(graph.stages)} stages would run (fewer, where what changed makes equal"
+        f" outputs): about {seconds / 3600:.1f} GPU hours,"
         f" {peak:.0f} GiB of GPU memory at the peak, {disk:.1f} GiB of disk (formulas, not measurements: docs/scale.md)"
     )

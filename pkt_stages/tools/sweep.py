@@ -270,4 +270,5 @@ def sweep(
         f"sweep: {len(driver.states)} stages: {shown} ({len(slots)} at a time, {seconds:.1f} s; output in {logs})"
     )
     if signals or counts["failed"]:
+        typer.echo("sweep: run it again to go on: what has ended stays, and what was stopped goes on where it was")
         raise typer.Exit(130 if signals else 1)

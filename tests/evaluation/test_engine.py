@@ -390,7 +390,11 @@ def test_score_and_standard_error() -> None:
 @pytest.mark.parametrize(
     ("examples", "task", "message"),
     [
-        (questions(1), "mmul", "unknown task 'mmul'; expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/mmul/task.yaml here"),
+        (
+            questions(1),
+            "mmul",
+            "unknown task 'mmul' (did you mean 'mmlu'?); expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/mmul/task.yaml here",
+        ),
         (questions(1), "mbpp", "example q0: `reference` lacks 'code_prefix', which task mbpp needs; make the test set with `pkt prepare`"),
         (questions(1) * 2, "gsm8k", "the test set: id 'q0' is there twice; give each example one of its own"),
         (

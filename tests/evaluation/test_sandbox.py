@@ -337,6 +337,79 @@ def test_a_floor_above_what_the_host_has(monkeypatch: pytest.MonkeyPatch, capsys
     )
 
 
+def probed(code: str) -> dict[str, str]:
+    """What a worker finds out about this host, after some lines of Python."""
+    program = (
+        "import json, sys\nfrom pkt_stages.evaluation.sandbox import levels, worker\n"
+        f"levels._PAUSES = (0.0, 0.0)\ntried = []\n{code}\n"
+        'sys.argv = ["worker", json.dumps({"memory_mb": 256, "levels": levels.LEVELS})]\nworker.main()\n'
+        "print(len(tried), file=sys.stderr)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return {**json.loads(ran.stdout), "tries": ran.stderr.strip()}
+
+
+TRIAL = """
+judge = worker.Worker.judge
+def judged(self, job):
+    tried.append(self._level)
+    return {"verdict": "timeout", "message": "slow"} if len(tried) <= FAILS else judge(self, job)
+worker.Worker.judge = judged
+"""
+STARTED = """
+begin = levels._start
+def started(level, program):
+    tried.append(level)
+    if len(tried) <= FAILS:
+        raise levels._told(NUMBER, "user namespaces")
+    return begin(level, program)
+levels._start = started
+"""
+
+
+def test_a_trial_that_fails_in_passing_does_not_lower_the_level(level: levels.Level) -> None:
+    """It is tried again, and the third failure is an error; the next level is not looked at."""
+    assert probed(TRIAL.replace("FAILS", "2")) == {"sandlock": "", "tries": "3"}
+    failed = "sandlock: a trial sample: timeout, slow"
+    assert probed(TRIAL.replace("FAILS", "9")) == {"failed": failed, "tries": "3"}
+
+
+@pytest.mark.parametrize("number", ["EAGAIN", "ENOMEM", "EMFILE", "ENOSPC", "EUSERS"])
+def test_what_may_be_had_the_next_moment_is_tried_again(level: levels.Level, number: str) -> None:
+    code = STARTED.replace("NUMBER", f"levels.errno.{number}")
+    assert probed(code.replace("FAILS", "2"))["sandlock"] == ""
+    assert probed(code.replace("FAILS", "9"))["failed"] == "sandlock: user namespaces"
+
+
+@pytest.mark.parametrize("number", ["EPERM", "ENOSYS", "EINVAL", "EACCES"])
+def test_what_a_kernel_lacks_lowers_the_level(level: levels.Level, number: str) -> None:
+    found = probed(STARTED.replace("NUMBER", f"levels.errno.{number}").replace("FAILS", "1"))
+    assert (found["sandlock"], found["namespaces"], "failed" in found) == ("user namespaces", "", False)
+
+
+def test_a_level_that_fails_ends_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps({"namespaces": "too old", "failed": "landlock: a trial sample: memory, killed"})
+    done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
+    monkeypatch.setattr(pool.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError) as caught:
+        choose_level("rlimits")
+    assert str(caught.value) == (
+        "generated code: this host has a sandbox that fails now (landlock: a trial sample: memory, killed); run again,"
+        " and if it stays so name a weaker level for all evaluations with PKT_SANDBOX"
+    )
+
+
+def test_a_level_that_is_named(level: levels.Level) -> None:
+    assert choose_level("rlimits", LIMITS, "landlock") == "landlock"
+    with pytest.raises(UserError) as caught:
+        choose_level("landlock", LIMITS, "rlimits")
+    assert str(caught.value) == (
+        "generated code: sandbox 'rlimits' is below the floor 'landlock'; accept it with --sandbox-floor"
+    )
+    with pytest.raises(UserError, match=r"^unknown sandbox level 'jail'; expected one of sandlock, "):
+        choose_level("rlimits", LIMITS, "jail")  # type: ignore[arg-type]
+
+
 def _peers() -> tuple[Checker, Candidate]:
     printed = sys.stdout
     try:

@@ -73,6 +73,16 @@ def test_random_neurons_are_rows_of_the_same_source_layers(selection: Selection,
         assert torch.equal(rows["ffn_down"][pair], down[:, neurons].T)
 
 
+def test_random_neurons_that_were_not_stored(selection: Selection) -> None:
+    none = {name: t[:, :0] if "random" in name else t for name, t in selection.tensors.items()}
+    with pytest.raises(UserError) as error:
+        rows_of(replace(selection, tensors=none), "random_neurons", 2)
+    assert str(error.value) == (
+        f"{selection.rows.path}: holds no random neurons' rows; set `select.random_neurons` to true and run"
+        " `pkt select` again"
+    )
+
+
 def test_random_rows_have_the_selected_rows_size(selection: Selection) -> None:
     selected, random = rows_of(selection, "selected", 0), rows_of(selection, "random", 0)
     for site in SITES:

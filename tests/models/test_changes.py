@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import CONFIG, WEIGHTS, Adapter
-from pkt_stages.models.changes import LIST, Change, DenseDelta, read_changes, write_changes
+from pkt_stages.models.changes import LIST, Change, DenseDelta, changes_of, read_changes, write_changes
 from pkt_stages.models.inject import SparseDelta
+from pkt_stages.models.load import identity, resolve
 
 META = {
     "command": "inject",
@@ -131,7 +133,8 @@ def test_labels_are_no_paths(tmp_path: Path, label: str) -> None:
 def test_a_bare_change_is_called_like_its_file_or_folder(row: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(row / "a", tmp_path / "mine"))
     found = read_changes(adapter)
-    assert (found.meta, list(found.items), found.made()) == ({}, ["mine"], {"facts": {"mine": {}}})
+    base = {"target": META["target"]}  # which stays with the weights
+    assert (found.meta, list(found.items), found.made()) == (base, ["mine"], {**base, "facts": {"mine": {}}})
     assert_equal(found.items["mine"].load(), low_rank())
     for number, kind, change in ((0, "sparse", sparse()), (2, "dense", dense())):
         file = Path(shutil.copy(row / f"delta_{number}.safetensors", tmp_path / f"its_{number}.safetensors"))
@@ -163,12 +166,12 @@ def test_a_dense_delta_is_read_weight_by_weight(row: Path, monkeypatch: pytest.M
 
 
 def test_the_content_hash_covers_all_that_decides(row: Path) -> None:
-    hashes = {label: stored.content_hash() for label, stored in read_changes(row).items.items()}
+    hashes = {label: stored.content_hash for label, stored in read_changes(row).items.items()}
     assert len(set(hashes.values())) == 3
     assert hashes["b"] == artifacts.content_hash(row / "delta_0.safetensors")
     config = row / "a" / CONFIG
     config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8.0'))
-    assert read_changes(row).items["a"].content_hash() != hashes["a"]
+    assert read_changes(row).items["a"].content_hash != hashes["a"]
 
 
 def test_one_of_a_row(row: Path) -> None:
@@ -185,15 +188,80 @@ def test_one_of_a_row(row: Path) -> None:
     assert read_changes(row / "a").one(None).label == "a"
 
 
-def test_a_row_of_another_target(row: Path) -> None:
+def test_a_row_of_another_target(row: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = read_changes(row)
     found.check_target({"name": "a-copy", "revision": "sha256:1"})
-    read_changes(row / "a").check_target({"name": "any", "revision": None})
+    read_changes(row / "a").check_target({"name": "a-copy", "revision": "sha256:1"})
+    other = {"name": "other", "revision": "sha256:2"}
+    for path in (row, row / "a", Path(shutil.copytree(row / "a", row.parent / "moved")), row / "delta_0.safetensors"):
+        with pytest.raises(UserError) as refused:
+            changes_of(path, other)
+        said = f"{path}: made for the target owner/target at sha256:1, found other at sha256:2"
+        assert str(refused.value) == f"{said}; give its own target, or insist with --any-base"
+        capsys.readouterr()
+        assert changes_of(path, other, any_base=True).path == path
+        assert capsys.readouterr().err == f"pkt: warning: {said} (--any-base)\n"
+
+
+COMMITS = "a" * 40, "b" * 40
+HERE = {"name": "target-chat", "revision": "sha256:1"}
+HUB = {"name": "owner/target-chat", "revision": COMMITS[0]}
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "found", "fits"),
+    [
+        ("owner/target-chat", None, HUB, True),
+        ("owner/target-chat", "main", HUB, True),
+        ("owner/target-chat", COMMITS[0], HUB, True),
+        ("owner/target-chat", COMMITS[1], HUB, False),
+        ("other/target-chat", None, HUB, False),
+        ("/home/somebody/target-chat/", None, HUB, True),
+        ("/home/somebody/Target-Chat", None, HERE, True),
+        ("owner/target-chat", None, HERE, True),
+        ("owner/target-base", None, HERE, False),
+        ("owner/target-chat", COMMITS[0], HERE, False),  # weights that cannot be compared
+        ("target-base", None, HERE, False),
+    ],
+)
+def test_a_stranger_s_adapter_has_a_name_at_best(
+    row: Path, tmp_path: Path, base: str, revision: str | None, found: dict[str, str], fits: bool
+) -> None:
+    folder = stranger(row, tmp_path, base, revision)
+    if fits:
+        changes_of(folder, found)
+        return
     with pytest.raises(UserError) as refused:
-        found.check_target({"name": "other", "revision": "sha256:2"})
-    assert str(refused.value) == (
-        f"{row}: made for the target owner/target at sha256:1, found other at sha256:2; give its own target"
-    )
+        changes_of(folder, found)
+    pinned = revision or "an unknown revision"
+    assert str(refused.value).startswith(f"{folder}: made for the target {base} at {pinned}, found {found['name']} at")
+
+
+def stranger(row: Path, tmp_path: Path, base: str | None, revision: str | None = None) -> Path:
+    """An adapter as PEFT writes it."""
+    folder = Path(shutil.copytree(row / "a", tmp_path / "theirs"))
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_base_that_lies_here_is_known_by_its_content(row: Path, target_folder: Path, tmp_path: Path) -> None:
+    """Whatever either is called."""
+    folder = stranger(row, tmp_path, str(target_folder))
+    renamed = identity(resolve(str(shutil.copytree(target_folder, tmp_path / "renamed"))))
+    changes_of(folder, renamed)
+    with pytest.raises(UserError, match=r"made for the target target at sha256:.*, found target at sha256:1; give"):
+        changes_of(folder, {"name": "target", "revision": "sha256:1"})
+
+
+def test_an_adapter_that_says_nothing_is_taken_with_a_word(
+    row: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stranger(row, tmp_path, None)
+    changes_of(folder, HERE)
+    assert capsys.readouterr().err == f"pkt: warning: {folder}: says nothing of the model that it was made for\n"
 
 
 def edited(change: Callable[[Any], Any]) -> Callable[[Path], None]:

@@ -63,7 +63,7 @@ def test_results_do_not_depend_on_what_broke_a_run(fresh: Path, calm: tuple[Path
     assert leftovers(rough) == []
     told = "pkt: error: no space to write a file; free some and run again, it goes on where it was"
     assert one_line(said[plan[0]]) == told
-    assert one_line(said[plan[3]]) == "pkt: interrupted"
+    assert one_line(said[plan[3]]) == "pkt: interrupted; run again to go on"
 
 
 def damage(path: Path, how: str) -> None:

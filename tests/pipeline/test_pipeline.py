@@ -110,6 +110,8 @@ def test_the_rest_runs_once_and_then_nothing(whole: tuple[Path, set[str]], secon
     [
         (lambda p: p["align"].update(rate=0.2), {f"align@laten-{OF}"}),
         (lambda p: p["select"].update(layer_rule="block_gain"), {f"select@{OF}"}),
+        # Rows are stored for the task's steps.
+        (lambda p: p["task"]["gsm8k"]["align"].update(steps=1), {"code", f"select@{OF}", f"align@laten-{OF}"}),
         (
             lambda p: p["task"]["gsm8k"]["evaluate"].update(max_new_tokens=6),
             BASELINES | {name for name in LATEN | OTHERS if name.startswith("evaluate")} | {"code"},

@@ -57,7 +57,23 @@ def test_what_cannot_be_compared_is_refused() -> None:
         match=r"^row kd, task gsm8k: evaluated with backend hf, the target with vllm; evaluate both with",
     ):
         summarise("kd", one, metrics([1, 0, 1, 1], backend="vllm"), POINTS)
-    assert summarise("kd", one, metrics([1, 0, 1, 1], sandbox="rlimits"), POINTS).versus is not None
+
+
+def test_code_that_ran_in_another_sandbox_is_shown_but_not_compared() -> None:
+    """Its likelihood is, which no sandbox changes."""
+    target = metrics([1, 0, 1, 1], sandbox="sandlock")
+    found = {name: {"gsm8k": metrics([1, 1, 1, 1], sandbox=level)} for name, level in
+             (("s", "sandlock"), ("laten", "rlimits"))} | {"t": {"gsm8k": target}}  # fmt: skip
+    points, nats = (table(HEADS, found, "t", measure) for measure in (POINTS, NATS))
+    assert [row.versus("gsm8k") is not None for row in points] == [True, False, False]
+    assert [row.cells["gsm8k"].sandbox for row in points] == [None, None, "rlimits"]
+    assert [row.versus("gsm8k") is not None for row in nats] == [True, False, True]
+    text = markdown(points, nats, {"gsm8k": "GSM8K"})
+    assert "| LaTen      | 1    | 100.0 ±0.0 [rlimits] |\n" in text
+    assert text.count("[level]: its generated code ran in a sandbox of another level than the target's") == 1
+    for rows in (points, nats):
+        del rows[2]
+    assert "[level]" not in markdown(points, nats, {"gsm8k": "GSM8K"})
 
 
 def test_how_answers_were_generated_matters_for_points_alone() -> None:

@@ -105,7 +105,7 @@ def test_results_do_not_depend_on_what_broke_a_run(tmp_path: Path) -> None:
     assert leftovers(rough) == []
     for fault, text in said.items():
         if fault.act == "interrupt":
-            assert one_line(text) == "pkt: interrupted"
+            assert one_line(text) == "pkt: interrupted; run again to go on"
         if fault.act == "fill disk":
             assert one_line(text).startswith("pkt: error: ")
     kills = sum(fault.act.startswith("kill") for fault in plan)

@@ -44,12 +44,12 @@ def write_selection(
     selection = {f"default.{name}": tensor for name, tensor in selection.items() if "random" not in name}
     selection |= random_neurons(sizes["source"], selection)
     meta = {side: {"model": identity(ref), "geometry": asdict(sizes[side])} for side, ref in refs.items()}
-    meta |= {"examples": examples, "params": {"max_rate": max_rate}}
+    meta |= {"examples": examples, "params": {"max_rate": max_rate, "steps": NUM_EXTRACT}}
     artifacts.save(folder / INDICES, artifacts.SELECTION, selection, meta)
-    rows = extract_rows(Checkpoint(refs["source"]), sizes["source"], selection)
+    rows = extract_rows(Checkpoint(refs["source"]), sizes["source"], selection, range(len(examples)))
     artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
     if base is not None:
-        rows = extract_rows(Checkpoint(resolve(str(base))), sizes["source"], selection)
+        rows = extract_rows(Checkpoint(resolve(str(base))), sizes["source"], selection, range(len(examples)))
         artifacts.save(folder / BASE_ROWS, artifacts.SOURCE_ROWS, rows, meta)
     return folder
 

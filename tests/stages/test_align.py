@@ -360,6 +360,23 @@ def test_bad_settings(
     assert not any(path.exists() for path in outputs.values())
 
 
+def test_more_steps_than_rows_are_stored_for(
+    pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path, tmp_path: Path
+) -> None:
+    for name, kind in (("selection", artifacts.SELECTION), ("rows", artifacts.SOURCE_ROWS)):
+        found = artifacts.load(inputs["selection"] / f"{name}.safetensors", kind)
+        meta = {**found.meta, "params": {"max_rate": 0.25, "steps": 1}}
+        artifacts.save(tmp_path / f"few/{name}.safetensors", kind, found.tensors(), meta)
+    few = {"selection": tmp_path / "few"}
+    status, _, err = align(pkt, target_folder, inputs, few, outputs, settings=[*SETTINGS, "--steps", "2"])
+    assert status == 2
+    assert err == (
+        "pkt: error: 2 steps need the rows of as many extract examples, the selection stores those of 1; set"
+        " `select.steps` to 2 and run `pkt select` again\n"
+    )
+    assert not any(path.exists() for path in outputs.values())
+
+
 def test_swapped_artifacts(
     pkt: Run, inputs: dict[str, Path], outputs: dict[str, Path], target_folder: Path, tmp_path: Path
 ) -> None:

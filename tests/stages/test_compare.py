@@ -283,7 +283,8 @@ def test_bad_input(
         (
             source_folder,
             ("--delta", by_pissa),
-            f"{by_pissa}: made for the target target at {ours}, found source at {theirs}; give its own target",
+            f"{by_pissa}: made for the target target at {ours}, found source at {theirs}; give its own target,"
+            " or insist with --any-base",
         ),
         (target_folder, ("--delta", by_pissa, "--run", 1), f"{by_pissa}: has no run '1'; found seed_0"),
         (target_folder, ("--delta", by_pissa, "--run", "x"), f"{by_pissa}: has no run 'x'; found seed_0"),

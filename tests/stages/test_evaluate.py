@@ -13,7 +13,7 @@ import torch
 from pkt_stages import tasks
 from pkt_stages.examples import write_jsonl
 from pkt_stages.models.adapters import Adapter, save_adapter
-from pkt_stages.models.changes import Change, DenseDelta, write_changes
+from pkt_stages.models.changes import Change, DenseDelta, read_changes, write_changes
 from pkt_stages.models.inject import SparseDelta
 from pkt_stages.models.load import identity, resolve
 
@@ -144,7 +144,10 @@ def test_several_rows_and_bare_changes(
     metrics = json.loads(out.read_text())
     assert [run["label"] for run in metrics["runs"]] == ["step_09/x", "step_10/x", "mine", "delta_0"]
     facts = [{"step_09/x": {}, "step_10/x": {}}, {"mine": {}}, {"delta_0": {}}]
-    assert metrics["made"] == [{**meta, "facts": facts[0]}, {"facts": facts[1]}, {**meta, "facts": facts[2]}]
+    named = {"target": {"name": "target", "revision": None}}
+    assert metrics["made"] == [{**meta, "facts": facts[0]}, {**named, "facts": facts[1]}, {**meta, "facts": facts[2]}]
+    hashes = [stored.content_hash for path in given[1::2] for stored in read_changes(Path(path)).items.values()]
+    assert [run["change"] for run in metrics["runs"]] == hashes
 
 
 def test_two_changes_with_one_label(
@@ -170,6 +173,11 @@ def test_a_row_of_another_target(
         f"pkt: error: {row}: made for the target other at sha256:1, found {meta['target']['name']} at"
     )
     assert not (tmp_path / "m.json").exists()
+    status, _, err = pkt(*arguments(target_folder, test_set, tmp_path / "m.json"), "--delta", row, "--any-base")
+    assert status == 0, err
+    assert f"pkt: warning: {row}: made for the target other at sha256:1, found" in err
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert (metrics["made"]["target"], metrics["model"]) == (other, meta["target"])
 
 
 @pytest.mark.parametrize(

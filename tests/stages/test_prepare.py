@@ -187,3 +187,31 @@ def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.Mo
         f"pkt: error: {data / 'hub.yaml'}: expected a mapping `train` with repo, split and revision, found"
         " {'test': {}}\n",
     )
+
+
+def test_own_sets_are_taken_whole_where_no_count_is_named() -> None:
+    own = own_sets()
+    sets = split(own, [], PrepareParams())
+    assert {name: len(examples) for name, examples in sets.items()} == {
+        "extract": 3,
+        "align": 4,
+        "train": 9,
+        "transfer": 3,
+    }
+    assert sets["extract"] == own["extract"] and sets["align"] == own["align"]
+    given = split(own | {"transfer": pool(5, "transfer")}, [], PrepareParams(align=2))
+    assert [len(given[name]) for name in ("align", "train", "transfer")] == [2, 12, 5]
+
+
+def test_every_set_that_is_too_small_is_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        split(own_sets(), [], PrepareParams(extract=5, align=9, train=10, transfer=2))
+    assert str(caught.value) == (
+        "extract: 5 examples wanted, the file holds 3, align: 9 examples wanted, the file holds 4; set"
+        " `prepare.extract`, `prepare.align`"
+    )
+    with pytest.raises(UserError) as caught:
+        split(own_sets() | {"train": pool(3, "train")}, [], PrepareParams())
+    assert str(caught.value) == (
+        "train: 1 examples wanted, the file holds 0 beside the transfer examples; set `prepare.train`"
+    )

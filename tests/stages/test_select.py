@@ -40,7 +40,7 @@ def test_rows_are_the_sources_weights_at_the_selected_neurons(
 ) -> None:
     status, printed, err = select(pkt, scored, source_folder, tmp_path, "--max-rate", "0.25")
     assert status == 0, err
-    assert "select: 3 layer pairs, 24 FFN and 16 attention neurons each, 5 examples ->" in printed
+    assert "select: 3 layer pairs, 24 FFN and 16 attention neurons each, 5 examples, rows of 5 (" in printed
     selection = artifacts.load(tmp_path / "selected/selection.safetensors", artifacts.SELECTION)
     rows = artifacts.load(tmp_path / "selected/rows.safetensors", artifacts.SOURCE_ROWS)
     weights = load_file(source_folder / "model.safetensors")
@@ -63,11 +63,43 @@ def test_rows_are_the_sources_weights_at_the_selected_neurons(
             assert torch.equal(rows[f"attn_v.{layer}"][at], v[shared])
 
 
+def stored(folder: Path) -> dict[int, set[int]]:
+    rows = artifacts.load(folder / "selected/rows.safetensors", artifacts.SOURCE_ROWS)
+    prefix = "neurons.ffn."
+    return {int(n.removeprefix(prefix)): set(rows[n].tolist()) for n in rows.shapes if n.startswith(prefix)}
+
+
+def test_rows_of_the_examples_that_the_alignment_uses_and_of_no_other(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
+) -> None:
+    """Of three extract and two transfer examples: one step's, from an option or the align settings of the task."""
+    params = tmp_path / "params.yaml"
+    params.write_text("{select: {}, align: {steps: 3}, task: {easy: {align: {steps: 1}}, long: {}}}")
+    for name, options in {
+        "one": ("--steps", 1),
+        "easy": ("--params", params, "--task", "easy"),
+        "all": ("--params", params, "--task", "long"),
+        "more": ("--steps", 9),
+    }.items():
+        assert select(pkt, scored, source_folder, tmp_path / name, *options)[0] == 0
+    chosen = artifacts.load(tmp_path / "one/selected/selection.safetensors", artifacts.SELECTION)
+    layers, neurons = chosen["default.ffn_layers"][..., 0], chosen["default.ffn_source_neurons"]
+    for name, kept in (("one", [0, 3, 4]), ("all", range(5))):
+        expected: dict[int, set[int]] = {}
+        for example in kept:
+            for layer, some in zip(layers[example].tolist(), neurons[example].tolist(), strict=True):
+                expected.setdefault(layer, set()).update(some)
+        assert stored(tmp_path / name) == expected
+    assert stored(tmp_path / "easy") == stored(tmp_path / "one")
+    assert stored(tmp_path / "more") == stored(tmp_path / "all")
+
+
 def test_as_many_random_neurons_of_every_layer_for_the_control(
     pkt: Run, scored: dict[str, Path], source_folder: Path, tmp_path: Path
 ) -> None:
     for seed in (0, 0, 1):
-        assert select(pkt, scored, source_folder, tmp_path / str(seed), "--max-rate", "0.25", "--seed", seed)[0] == 0
+        options = ("--max-rate", "0.25", "--random-neurons", "--seed", seed)
+        assert select(pkt, scored, source_folder, tmp_path / str(seed), *options)[0] == 0
     drawn = [
         artifacts.load(tmp_path / str(seed) / "selected/selection.safetensors", artifacts.SELECTION) for seed in (0, 1)
     ]

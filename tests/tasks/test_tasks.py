@@ -105,8 +105,9 @@ def test_names_that_are_no_task(dropped: Path) -> None:
     for name in ("arc", "code", "..", "mmlu.task"):
         with pytest.raises(UserError) as caught:
             tasks.load(name)
+        near = " (did you mean 'mmlu'?)" if name == "mmlu.task" else ""
         assert str(caught.value) == (
-            f"unknown task {name!r}; expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/{name}/task.yaml here"
+            f"unknown task {name!r}{near}; expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/{name}/task.yaml here"
         )
     (dropped / "empty").mkdir()
     (dropped / "empty" / "__init__.py").touch()

@@ -32,7 +32,7 @@ def test_what_keeps_it_from_running(pkt: Run, monkeypatch: pytest.MonkeyPatch, t
     assert (status, err) == (2, "pkt: error: disk, DVC: see above\n")
     assert printed == (
         "BAD   disk: 0 GiB free here\n        make room\n"
-        "BAD   DVC: no dvc.yaml here\n        run this in the project's root\n"
+        "BAD   DVC: no dvc.yaml here\n        run this in the project's folder\n"
     )
 
 
@@ -116,6 +116,6 @@ def test_a_weaker_sandbox_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
             "sandbox",
             "note",
             "rlimits at most (landlock: too old)",
-            "tiny runs; for real models mend that, or lower evaluate.sandbox_floor",
+            "tiny runs; for real models mend that, or lower sandbox_floor in the tasks' part `evaluate`",
         )
     ]

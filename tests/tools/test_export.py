@@ -74,7 +74,7 @@ def test_any_row_becomes_a_complete_model(
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "row"]
     # It is a model for every command, so that another row can go on top.
-    assert export(pkt, out, row / "seed_0", tmp_path / "next")[0] == 0
+    assert export(pkt, out, row / "seed_0", tmp_path / "next", "--any-base")[0] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "next"))
     assert {name for name in before if not torch.equal(before[name], after[name])} == {f"{n}.weight" for n in SHAPES}
 
@@ -115,7 +115,7 @@ def test_the_dtype_is_the_checkpoint_s_or_another(pkt: Run, target_folder: Path,
     load_tokenizer(resolve(str(target_folder))).save_pretrained(half)
     adapter = row / "seed_0"
     for name, more, dtype in (("a", (), torch.bfloat16), ("b", ("--dtype", "float32"), torch.float32)):
-        status, _, err = export(pkt, half, adapter, tmp_path / name, *more)
+        status, _, err = export(pkt, half, adapter, tmp_path / name, "--any-base", *more)
         assert status == 0, err
         assert load_model(resolve(str(tmp_path / name))).dtype == dtype
         assert all(w.dtype == dtype for w in load_file(tmp_path / name / "model.safetensors").values())
@@ -145,9 +145,9 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
         (target_folder, tmp_path / "x", (), f"{tmp_path}/x: no such file or folder; expected a row's folder, a PEFT"
          " adapter or a delta"),
         (source_folder, row, ("--run", "delta"), f"{row}: made for the target target at {names[0]['revision']}, found"
-         f" source at {names[1]['revision']}; give its own target"),
-        (source_folder, row / "seed_0", (), "adapter: lm_head.weight is [264, 96] in the model, [264, 64] in the"
-         " adapter"),
+         f" source at {names[1]['revision']}; give its own target, or insist with --any-base"),
+        (source_folder, row / "seed_0", ("--any-base",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
+         " in the adapter"),
         (source_folder, row / "seed_0", ("--adapter",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
          " in the adapter"),
         (target_folder, row, (*adapter, "--dtype", "float32"),
@@ -157,7 +157,8 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
         (target_folder, row, (*adapter, "--device", "tpu9"),
          "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
     ):  # fmt: skip
-        assert export(pkt, target, given, out, *more) == (2, "", f"pkt: error: {message}\n")
+        status, printed, err = export(pkt, target, given, out, *more)
+        assert (status, printed, err.splitlines()[-1]) == (2, "", f"pkt: error: {message}")
         assert not out.exists()
     out.mkdir()
     assert (
@@ -182,7 +183,7 @@ def test_an_exported_adapter_equals_the_row_s(pkt: Run, target_folder: Path, row
     foreign = tmp_path / "foreign"
     save_adapter(foreign, load_adapter(row / "seed_0"), "somebody/else")
     for number, given in enumerate((row / "seed_0", foreign)):
-        assert export(pkt, target_folder, given, tmp_path / str(number), "--adapter")[0] == 0
+        assert export(pkt, target_folder, given, tmp_path / str(number), "--adapter", "--any-base")[0] == 0
     (tmp_path / "0/README.md").unlink()
     (tmp_path / "1/README.md").unlink()
     files = [sorted((tmp_path / name).iterdir()) for name in ("row/seed_0", "0", "1")]

@@ -14,7 +14,7 @@ from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.tools import plan
 from pkt_stages.tools.graph import Graph, open_repo
-from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters
+from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters, selected_bytes
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -54,6 +54,19 @@ def test_attribution_of_a_13b_model(estimator: Estimator) -> None:
     assert need.disk == 4 * 35 * 2 * 40 * (13824 + 2 * 5120)
 
 
+def test_rows_of_one_task_at_the_papers_settings(estimator: Estimator) -> None:
+    """13B to 7B: of an example 32 layers, 1100 FFN and 409 attention neurons, two rows of 5120 in float16 each."""
+    example = 32 * (1100 + 409) * 2 * 5120 * 2
+    how = f"{PARAMS} --source {LARGE} --target-scores s --out o"
+    random = 40 * (1100 + 409) * 2 * 5120 * 2  # the profile has LaTen's control on random neurons
+    for task, steps in (("mmlu", 2), ("humaneval", 3), ("gsm8k", 4)):
+        assert estimator.need(f"pkt select --task {task} {how}").disk == (steps + 3) * example + random
+    large, small = (Geometry(**dict(resolve(str(ROOT / f"data/models/llama2-{n}b-chat")).sizes)) for n in (13, 7))
+    assert selected_bytes(large, small, 2 + 1, 0.1, random=False) == 3 * example < 3 * 2**30
+    # Never more than all rows of the four sites.
+    assert selected_bytes(large, small, 100, 0.2, random=True) == 40 * (13824 + 5120) * 2 * 5120 * 2
+
+
 def test_every_stage_has_an_estimate_or_needs_no_model(estimator: Estimator) -> None:
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     stages = [stage.get("do", stage) for stage in graph.values()]
@@ -79,7 +92,10 @@ def test_sizes_of_the_hub_folders() -> None:
     ("sizes", "message"),
     [
         ({"num_layers": 2}, "key 'd_model' is missing"),
-        (SIZES | {"layers": 2}, f"unknown key 'layers'; expected one of {', '.join(NAMES)}"),
+        (
+            SIZES | {"layers": 2},
+            f"unknown key 'layers' (did you mean 'num_layers'?); expected one of {', '.join(NAMES)}",
+        ),
         (SIZES | {"d_ff": "many"}, "d_ff: expected int, found 'many'"),
         (SIZES | {"d_ff": 8.5}, "d_ff: expected int, found 8.5"),
         (SIZES | {"d_ff": 0}, "d_ff: expected a number above 0, found 0"),

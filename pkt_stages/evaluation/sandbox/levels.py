@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import json
@@ -20,13 +21,15 @@ import stat
 import struct
 import sys
 import sysconfig
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pkt_stages.evaluation.sandbox.seccomp import filter_program, library
 from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
+T = TypeVar("T")
 Level = Literal["sandlock", "namespaces", "landlock", "rlimits"]
 LEVELS: tuple[Level, ...] = ("sandlock", "namespaces", "landlock", "rlimits")
 _NAMESPACES: tuple[Level, ...] = ("sandlock", "namespaces")
@@ -64,8 +67,18 @@ _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _NO_SUID = 442, 0x8000, 1, 2  # one n
 _SET_PDEATHSIG, _CAPBSET_DROP, _SET_NO_NEW_PRIVS = 1, 24, 38
 
 
+# What may be otherwise the next moment, unlike what a kernel lacks.
+_PASSING = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EIO, errno.ETXTBSY)
+_NO_MORE = (errno.ENOSPC, errno.EUSERS)  # as many namespaces as a user may have
+_PAUSES = (0.2, 1.0)  # seconds before another try
+
+
 class Unavailable(Exception):
     """This host does not have the level; the message says what is missing."""
+
+
+class Failed(Exception):
+    """This host may have the level, but it could not be had now, several times; the message says why."""
 
 
 class Server:
@@ -114,27 +127,49 @@ class Server:
 
 
 def start(level: Level, program: bytes) -> Server:
-    """Start a sandbox.
+    """Start a sandbox; what fails in passing is tried again.
 
     Args:
         program: what runs in it (marshalled code), ending in `server.serve`.
 
     Raises:
         Unavailable: this host does not have the level.
+        Failed: it could not be started now.
     """
+    return again(lambda: _start(level, program))
+
+
+def again(act: Callable[[], T]) -> T:
+    """The result of an act; what fails in passing is tried again, and is an error the third time.
+
+    Raises:
+        Failed: it failed each time.
+    """
+    for pause in _PAUSES:
+        with contextlib.suppress(Failed):
+            return act()
+        time.sleep(pause)
+    return act()
+
+
+def _start(level: Level, program: bytes) -> Server:
     if level in _LANDLOCK:
         _sandlock()  # imported before the fork
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    code = os.memfd_create("program", os.MFD_CLOEXEC)
-    os.write(code, program)
-    failed, failing = os.pipe()
-    pid = os.fork()
+    try:
+        code = os.memfd_create("program", os.MFD_CLOEXEC)
+        os.write(code, program)
+        failed, failing = os.pipe()
+        pid = os.fork()
+    except OSError as error:
+        raise _told(error.errno, str(error)) from None
     if pid == 0:
         failing = _above(failing)
         try:
             _become(level, theirs.fileno(), code, failing)
         except BaseException as error:
-            os.write(failing, f"{type(error).__name__}: {error}".encode()[:1000])
+            told = _told(error.errno, str(error)) if isinstance(error, OSError) else error
+            os.write(failing, f"{type(told).__name__}: {told}".encode()[:1000])
         finally:
             os._exit(127)
     for fd in (failing, code):
@@ -145,6 +180,8 @@ def start(level: Level, program: bytes) -> Server:
     server = Server(pid, ours)
     if reason:
         server.kill()
+        if reason.startswith("Failed: "):
+            raise Failed(reason.removeprefix("Failed: "))
         raise Unavailable(reason.removeprefix("Unavailable: "))
     return server
 
@@ -177,7 +214,7 @@ def _become(level: Level, control: int, program: int, failing: int) -> None:
         try:
             confine(policy(fs_readable=_readable()))
         except Exception as error:
-            raise Unavailable(f"Landlock: {error}") from None
+            raise _told(getattr(error, "errno", None), f"Landlock: {error}") from None
     os.execve(_INTERPRETER, [_INTERPRETER, *_FLAGS, "-c", _BOOT], _ENVIRONMENT)
 
 
@@ -188,7 +225,20 @@ def _above(fd: int) -> int:
 
 def _check(result: int, what: str) -> None:
     if result != 0:
-        raise Unavailable(f"{what}: {os.strerror(ctypes.get_errno())}")
+        number = ctypes.get_errno()
+        raise _told(number, f"{what}: {os.strerror(number)}")
+
+
+def _told(number: int | None, reason: str) -> Exception:
+    """What an error number means: that the host lacks something, or that it failed now."""
+    passing = number in _PASSING or (number in _NO_MORE and _may_have_namespaces())
+    return Failed(reason) if passing else Unavailable(reason)
+
+
+def _may_have_namespaces() -> bool:
+    """Whether this host's users may have user namespaces at all."""
+    limit = Path("/proc/sys/user/max_user_namespaces")
+    return limit.is_file() and limit.read_text().strip() != "0"
 
 
 def _sandlock() -> tuple[Any, Any]:

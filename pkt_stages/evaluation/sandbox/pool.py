@@ -68,15 +68,28 @@ class Limits:
     memory_mb: int = 512
 
 
-def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Level:
+def choose_level(floor: Level = "sandlock", limits: Limits | None = None, named: Level | None = None) -> Level:
     """The strongest level of this host; a line on stderr says why it is not the first one.
 
+    A level is passed over only if the host lacks something for it: one that is there and fails is an error, for nothing
+    may run in a weaker sandbox than the rest unseen.
+
+    Args:
+        named: the level to take, instead of the strongest.
+
     Raises:
-        UserError: it is below `floor`.
+        UserError: it is below `floor`, the host lacks it, or it fails, several times.
     """
-    if floor not in LEVELS:
-        raise UserError(f"unknown sandbox level {floor!r}; expected one of {', '.join(LEVELS)}")
-    level, why = strongest(memory_mb=(limits or Limits()).memory_mb)
+    for given in (floor, named or floor):
+        if given not in LEVELS:
+            raise UserError(f"unknown sandbox level {given!r}; expected one of {', '.join(LEVELS)}")
+    if named is not None and LEVELS.index(named) > LEVELS.index(floor):
+        raise UserError(
+            f"generated code: sandbox {named!r} is below the floor {floor!r}; accept it with --sandbox-floor"
+        )
+    level, why = strongest(memory_mb=(limits or Limits()).memory_mb, levels=LEVELS if named is None else (named,))
+    if level is None and named is not None:
+        raise UserError(f"generated code: this host has no sandbox {named!r} ({why}); name another one, or none")
     if level is None or LEVELS.index(level) > LEVELS.index(floor):
         raise UserError(
             f"generated code: the strongest sandbox here is {level or 'none'}, below the floor {floor!r} ({why});"
@@ -87,14 +100,23 @@ def choose_level(floor: Level = "sandlock", limits: Limits | None = None) -> Lev
     return level
 
 
-def strongest(*, memory_mb: int) -> tuple[Level | None, str]:
-    """The first of LEVELS at which a trial sample passes here, and what keeps this host from those before."""
-    command = [*_WORKER, json.dumps({"memory_mb": memory_mb})]
+def strongest(*, memory_mb: int, levels: Sequence[Level] = LEVELS) -> tuple[Level | None, str]:
+    """The first of these levels that this host has, and what it lacks for those before.
+
+    Raises:
+        UserError: the host has a level, but a trial sample fails there, several times.
+    """
+    command = [*_WORKER, json.dumps({"memory_mb": memory_mb, "levels": levels})]
     tried = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if tried.returncode != 0:
         raise RuntimeError(f"a sandbox worker broke: {tried.stderr.strip()[-500:]}")
-    found: dict[Level, str] = json.loads(tried.stdout)
-    level = next((level for level, reason in found.items() if not reason), None)
+    found: dict[str, str] = json.loads(tried.stdout)
+    if "failed" in found:
+        raise UserError(
+            f"generated code: this host has a sandbox that fails now ({printable(found['failed'])}); run again, and if"
+            " it stays so name a weaker level for all evaluations with PKT_SANDBOX"
+        )
+    level = next((level for level in levels if found.get(level) == ""), None)
     return level, "; ".join(f"{level}: {reason}" for level, reason in found.items() if reason)
 
 
@@ -110,6 +132,7 @@ def judge(jobs: Sequence[Job], level: Level, limits: Limits, num_workers: int | 
         num_workers: samples at a time; by default the number of cores this process may use, one sample on each.
 
     Raises:
+        UserError: a sandbox could not be started, several times.
         RuntimeError: a worker, which is trusted code, broke.
     """
     if not jobs:
@@ -167,5 +190,7 @@ def _ask(worker: subprocess.Popen[str], job: Job) -> Verdict:
         answer = json.loads(worker.stdout.readline())
     except (OSError, ValueError) as error:
         raise RuntimeError(f"a sandbox worker broke ({error}); its message stands above") from None
+    if "failed" in answer:
+        raise UserError(f"generated code: no sandbox could be started ({printable(answer['failed'])}); run again")
     assert answer["verdict"] in get_args(Outcome)
     return Verdict(answer["verdict"], printable(answer["message"]))

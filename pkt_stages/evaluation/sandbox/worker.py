@@ -17,11 +17,20 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pkt_stages.evaluation.sandbox.levels import LEVELS, Level, Server, Unavailable, seccomp_filter, start
+from pkt_stages.evaluation.sandbox.levels import (
+    LEVELS,
+    Failed,
+    Level,
+    Server,
+    Unavailable,
+    again,
+    seccomp_filter,
+    start,
+)
 from pkt_stages.evaluation.sandbox.plain import framed, unframed
 from pkt_stages.evaluation.sandbox.server import SET_DUMPABLE
 
@@ -219,22 +228,41 @@ def _program(filter_program: bytes) -> bytes:
     return marshal.dumps(compile("\n".join(lines), "<sandbox>", "exec", dont_inherit=True))
 
 
-def probe(memory_mb: int) -> Iterator[tuple[Level, str]]:
-    """Each level with what keeps this host from it, down to the first that judges a sample here: with nothing."""
-    job = {"code": "def f(x):\n    return [x]\n", "prefix": "", "entry": "f", "setup": "", "call": ""}
-    for level in LEVELS:
+def probe(memory_mb: int, levels: Sequence[Level] = LEVELS) -> Iterator[tuple[Level, str]]:
+    """Each level with what this host lacks for it, down to the first that judges a sample here: with nothing.
+
+    Raises:
+        Failed: the host has the level, but a sample fails there, several times.
+    """
+    for level in levels:
         try:
-            worker = Worker(level, 20.0, memory_mb)
-            try:
-                verdict = worker.judge({**job, "tests": "assert f(42) == [42]"})
-            finally:
-                worker.close()
-            reason = "" if verdict["verdict"] == "passed" else "a trial: {verdict}, {message}".format(**verdict)
-        except (Unavailable, OSError) as error:
-            reason = str(error)
-        yield level, reason
-        if not reason:
+            again(lambda level=level: _trial(level, memory_mb))  # type: ignore[misc]
+        except Unavailable as error:
+            yield level, str(error)
+        except Failed as error:
+            raise Failed(f"{level}: {error}") from None
+        else:
+            yield level, ""
             return
+
+
+def _trial(level: Level, memory_mb: int) -> None:
+    """Judge a sample that passes.
+
+    Raises:
+        Unavailable: this host does not have the level.
+        Failed: it does not pass.
+    """
+    job = {"code": "def f(x):\n    return [x]\n", "prefix": "", "entry": "f", "setup": "", "call": ""}
+    worker = Worker(level, 20.0, memory_mb)
+    try:
+        verdict = worker.judge({**job, "tests": "assert f(42) == [42]"})
+    except OSError as error:
+        raise Failed(str(error)) from None
+    finally:
+        worker.close()
+    if verdict["verdict"] != "passed":
+        raise Failed("a trial sample: {verdict}, {message}".format(**verdict))
 
 
 def main() -> None:
@@ -243,13 +271,22 @@ def main() -> None:
     libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
     if "level" not in settings:
-        print(json.dumps(dict(probe(settings["memory_mb"]))))
+        found: dict[str, str] = {}
+        try:
+            found.update(probe(settings["memory_mb"], settings.get("levels", LEVELS)))
+        except Failed as error:
+            found["failed"] = str(error)
+        print(json.dumps(found))
         return
     os.sched_setaffinity(0, {settings["core"]})  # the processes of a sample wait for each other: one core is enough
     worker = Worker(settings["level"], settings["seconds"], settings["memory_mb"])
     try:
         for line in sys.stdin:
-            print(json.dumps(worker.judge(json.loads(line))), flush=True)
+            try:
+                answer = worker.judge(json.loads(line))
+            except (Failed, Unavailable) as error:
+                answer = {"failed": str(error)}
+            print(json.dumps(answer), flush=True)
     except KeyboardInterrupt:  # the terminal interrupts whoever asked as well, and that one says so
         sys.exit(128 + signal.SIGINT)
     finally:
