@@ -360,8 +360,8 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
                 f"reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
                 f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
             )
-    parts = mapping(profile.content, profile.path, "selected")
-    selected = [lists.names(how, of=parts, within="selected.") for how in SELECTED]
+    ways = mapping(profile.content, profile.path, "selected")
+    selected = [lists.names(how, of=ways, within="selected.") for how in SELECTED]
     why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
     same("selected", sorted(name for names in selected for name in names), sorted(profile.sources["source"]), why)
     if twice := set(selected[0]) & set(selected[1]):
