@@ -16,8 +16,9 @@ from pkt_stages.tools.provenance import check_inputs
 
 # Each is a function in the file of its name, in stages or tools.
 STAGES = (
-    *("prepare", "texts", "reexpress", "attribute", "select", "align", "inject", "correlate", "derive", "scale"),
-    *("seek", "finetune", "generate", "distill", "import", "evaluate", "adopt", "compare", "neurons", "report", "code"),
+    *("prepare", "texts", "reexpress", "attribute", "select", "align", "inject", "correlate", "gradients"),
+    *("derive", "scale", "seek", "finetune", "generate", "distill", "import", "evaluate", "adopt", "compare"),
+    *("neurons", "report", "code"),
 )
 TOOLS = ("check", "new-profile", "plan", "sweep", "pin", "convert", "inspect", "merge-lock", "doctor", "export")
 

@@ -153,6 +153,8 @@ FINAL_CORRELATION = Kind(
     "pkt correlate",
     {name: spec for name, spec in CORRELATION.tensors.items() if not name.endswith("heads")},
 )
+# The same of the gradient of the answers' loss at the outputs of projections and of the norms in front of them.
+GRADIENTS = Kind("gradients", "pkt gradients", FINAL_CORRELATION.tensors)
 # All of either side's own sums of products, which whitening needs.
 GRAMS = Kind(
     "grams", "pkt correlate", {"{input}.{side}": _spec(("float64", "float32"), "{side}_{input}", "{side}_{input}")}
@@ -170,7 +172,7 @@ DELTA = Kind(
     },
 )
 # What to add to whole weights, by their names in the model.
-DENSE_DELTA = Kind("dense_delta", "pkt derive", {"{any}": _spec("float32", ...)})
+DENSE_DELTA = Kind("dense_delta", "pkt derive", {"{any}": _spec(("float32", "float16", "bfloat16"), ...)})
 
 
 def save(path: Path, kind: Kind, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

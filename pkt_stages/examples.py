@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,18 @@ def training_file(train_set: str, train: Path, align: Path | None) -> Path:
     if train_set == "align" and align is None:
         raise UserError("train_set align needs --align")
     return align if train_set == "align" and align is not None else train
+
+
+def align_files(folder: Path, tasks: Sequence[str] = ()) -> dict[str, Path]:
+    """The align sets <task>/align.jsonl below a folder by task; only those of `tasks`, if some are named.
+
+    Raises:
+        UserError: one of them is missing, or there is none.
+    """
+    files = {path.parent.name: path for path in sorted(folder.glob("*/align.jsonl"))}
+    if missing := [task for task in tasks if task not in files] or ([] if files else ["<task>"]):
+        raise UserError(f"{folder}: no {missing[0]}/align.jsonl below it; make it with `pkt prepare`")
+    return {task: files[task] for task in tasks or files}
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -137,8 +137,7 @@ def _with_options(
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         file, task, method = given.pop("params_file"), given.get("task"), given.get("method")
-        # A command without settings of its own needs no section.
-        values = read_settings(file, section, task=task, method=method, optional=not fields) if file is not None else {}
+        values = read_settings(file, section, task=task, method=method) if file is not None else {}
         for name in fields:
             value = given.pop(name, None)
             if value is not None:

@@ -56,7 +56,7 @@ def read_settings(
         optional: whether the section may be missing.
 
     Raises:
-        UserError: the file, the task or the method is missing or malformed.
+        UserError: the file, the section, the task or the method is missing or malformed.
     """
     content = read_params(path)
     values = dict(mapping(content, path, section)) if section in content or not optional else {}

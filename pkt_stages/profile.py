@@ -48,6 +48,9 @@ GROUPS: dict[str, Group] = {
     "transport": Group(
         "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
     ),
+    "labelled": Group(
+        "derive", "Transport", sources="transport_source", by_task=False, union="transported", runs_code=True
+    ),
     "align": Group("align", "PrePKT", union="aligned", runs_code=True),
     "unaligned": Group("derive", "PrePKT", sources="seek_source", union="sought", runs_code=True),
     "grid": Group("derive", "PrePKT", by_task=False, runs_code=True),
@@ -76,6 +79,7 @@ WORKS_ON = {
     "filter": ("transport", "theseus"),
     "filter_control": ("transport_control", "control_random_transport"),
 }
+SELECTED = ("trained", "with_base")  # keys of `selected`, by what `select` keeps of a source
 CONTROL = "control_"  # a method whose name begins so is a control, whatever makes it
 # Settings that concern some tasks alone: in a section they would have the stages of all others run again.
 OF_CODE = ("sandbox_floor", "sandbox_seconds", "sandbox_memory_mb")
@@ -356,6 +360,15 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
                 f"reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
                 f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
             )
+    ways = mapping(profile.content, profile.path, "selected")
+    selected = [lists.names(how, of=ways, within="selected.") for how in SELECTED]
+    why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
+    same("selected", sorted(name for names in selected for name in names), sorted(profile.sources["source"]), why)
+    if twice := set(selected[0]) & set(selected[1]):
+        lists.note(f"selected: {min(twice)!r} stands twice; {why}")
+    wanted = profile.sources["transport_source"] if profile.in_group("labelled") else []
+    why = "it repeats transport_source where there are rows in made_by.labelled, and is empty else"
+    same("labelled_source", lists.names("labelled_source"), wanted, why)
 
 
 def chat_model(source: str) -> str:

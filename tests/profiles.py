@@ -27,6 +27,7 @@ def one_source(params: dict[str, Any]) -> None:
     names = ["source-chat", "target-chat"]
     params |= {"source": ["source"], "target": "target-chat", "oracle": None, "models": names, "attributed": names}
     params |= {"reexpressed": {}, "seek_source": ["source"], "teacher": ["source"], "transport_source": []}
+    params |= {"labelled_source": [], "selected": {"trained": ["source"], "with_base": []}}
     params["pairs"] = {"pair": {"first": "source-chat", "second": "target-chat"}}
     params["analysed"] = {"task": [], "source": [], "methods": [], "seeking": [], "target_methods": []}
 

@@ -68,6 +68,7 @@ def test_bad_values(values: dict[str, object], message: str) -> None:
 PARAMS = """
 tune: {lr: 1, epochs: 2}
 bare: {}
+generate: {}
 task:
   mmlu: {tune: {lr: 2}, bare: {}}
   gsm8k: {}
@@ -90,7 +91,7 @@ def test_task_and_method_change_the_section(file: Path) -> None:
     assert read_settings(file, "tune", task="gsm8k") == {"lr": 1, "epochs": 2}
     assert read_settings(file, "tune", task="mmlu", method="one") == {"lr": 2, "epochs": 9}
     assert read_settings(file, "tune", method="two") == {"lr": 3, "epochs": 2}
-    assert read_settings(file, "generate", method="two", optional=True) == {"seed": 1}
+    assert read_settings(file, "generate", method="two") == {"seed": 1}
     assert read_settings(file, "tune", method="none") == {"lr": 1, "epochs": 2}
 
 

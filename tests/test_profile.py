@@ -18,6 +18,7 @@ NOTHING: dict[str, Any] = {"task": [], "source": [], "methods": [], "seeking": [
 DEFAULT: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
 FIRST, TARGET, ORACLE = str(DEFAULT["source"][0]), str(DEFAULT["target"]), str(DEFAULT["oracle"])
 SOURCES = [f"{FIRST}-chat", "source-chat"]
+ONE_OF = "each of `source` stands in one of selected.trained and selected.with_base"
 PARTS: dict[str, Any] = {name: {} for name in ("prepare", "align", "finetune", "generate", "distill", "evaluate")}
 
 
@@ -104,9 +105,9 @@ def test_every_profile_reads(path: Path) -> None:
         ),
         (
             {"made_by": {"alining": {"laten": {}}}},
-            "made_by.alining: no such group (did you mean 'align'?); expected any of oracle, transport, align, unaligned, grid,"
-            " finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control, filter,"
-            " filter_control",
+            "made_by.alining: no such group (did you mean 'align'?); expected any of oracle, transport, labelled,"
+            " align, unaligned, grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control,"
+            " filter, filter_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
@@ -208,6 +209,20 @@ def test_every_profile_reads(path: Path) -> None:
         ({"transport_source": []}, "transport_source: expected at least one source; matched is made from it"),
         ({"transport_source": ["target"]}, "transport_source: 'target' is not in `source`"),
         ({"transport_source": None}, "transport_source: expected a list of names, found None"),
+        (
+            {"labelled_source": ["source"]},
+            "labelled_source: 'source' does not belong there; it repeats transport_source where there are rows in"
+            " made_by.labelled, and is empty else",
+        ),
+        (
+            {"selected": {"trained": [FIRST], "with_base": []}},
+            f"selected: 'source' is missing; {ONE_OF}",
+        ),
+        (
+            {"selected": {"trained": [FIRST, "source"], "with_base": ["source"]}},
+            f"selected: 'source' stands twice; {ONE_OF}",
+        ),
+        ({"selected": {"trained": [FIRST]}}, "selected.with_base: expected a list of names, found None"),
         ({"reexpressed": []}, "section 'reexpressed': expected a mapping, found list"),
         ({"reexpressed": {"x": "target-base"}}, "section 'reexpressed.x': expected a mapping, found str"),
         *[
@@ -346,6 +361,7 @@ def test_models_may_have_dots(tmp_path: Path) -> None:
         one_source(params)
         rows(params, align={"laten": {}})
         params |= {"source": ["qwen2.5"], "target": "1.5b-chat", "seek_source": [], "teacher": []}
+        params["selected"] = {"trained": ["qwen2.5"], "with_base": []}
         params |= {"models": ["qwen2.5-chat", "1.5b-chat"], "attributed": ["qwen2.5-chat", "1.5b-chat"]}
 
     assert read_profile(write_params(tmp_path, edit)).target == "1.5b-chat"

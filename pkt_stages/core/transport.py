@@ -108,17 +108,25 @@ def whitened(
     gram_source: Float[Tensor, "d_s d_s"],
     gram_target: Float[Tensor, "d_t d_t"],
     power: float,
+    *,
+    relative: bool = False,
 ) -> Float64[Tensor, "d_s d_t"]:
-    """(A^T A)^-p C (B^T B)^-p, the eigenvalues floored at an absolute `EPSILON` as in Theseus' code; p in 0 .. 0.5."""
+    """(A^T A)^-p C (B^T B)^-p; p in 0 .. 0.5.
+
+    Args:
+        relative: eigenvalues are floored at `EPSILON` times their mean; else at `EPSILON` itself as in Theseus' and
+            BiCo's code, which leaves nothing of whitening where the values are that small, as gradients are.
+    """
     if power == 0:
         return cross.double()
-    return _power(gram_source, -power) @ cross.double() @ _power(gram_target, -power)
+    return _power(gram_source, -power, relative) @ cross.double() @ _power(gram_target, -power, relative)
 
 
-def _power(gram: Tensor, exponent: float) -> Tensor:
+def _power(gram: Tensor, exponent: float, relative: bool) -> Tensor:
     gram = gram.double()
-    values, vectors = torch.linalg.eigh(gram + EPSILON * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return (vectors * values.clamp(min=EPSILON) ** exponent) @ vectors.mT
+    floor = EPSILON * (float(gram.diagonal().mean()) if relative else 1.0)
+    values, vectors = torch.linalg.eigh(gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return (vectors * values.clamp(min=floor) ** exponent) @ vectors.mT
 
 
 def head_map(

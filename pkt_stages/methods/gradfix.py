@@ -21,7 +21,7 @@ from torch import Tensor
 from pkt_stages.core.transport import masked
 from pkt_stages.encoding import Encoded, EncodingParams, encode
 from pkt_stages.errors import UserError
-from pkt_stages.examples import read_examples
+from pkt_stages.examples import align_files, read_examples
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.load import identity, load_model, load_tokenizer
@@ -80,15 +80,12 @@ def encoded_tasks(tokenizer: Any, folder: Path, params: Params) -> dict[str, lis
     Raises:
         UserError: there are none, or as `read_examples`.
     """
-    files = {path.parent.name: path for path in sorted(folder.glob("*/align.jsonl"))}
-    if not files:
-        raise UserError(f"{folder}: no <task>/align.jsonl below it; make it with `pkt prepare`")
     return {
         task: [
             encode(tokenizer, example, template=params.template, max_length=params.max_length)
             for example in read_examples(path)
         ]
-        for task, path in files.items()
+        for task, path in align_files(folder).items()
     }
 
 

@@ -9,6 +9,10 @@ take from here what it does not change:
 
 The controls differ in the rows alone: the same number of rows, the same training and choice of the step. If one does as
 well as the selected rows, the source's knowledge was not what helped.
+
+The paper moves rows of the trained source; `moved: change` gives the mapping what training changed of them, trained
+minus base, the task vector that transports move (METHODS 11; ours). Such rows are smaller, and so is then what the
+mapping makes of them at first, as it has no biases.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ class Params:
     given: Literal["selected", "shuffled", "random_neurons", "random"] = option(
         "selected", "Rows that the mapping receives: selected, or a control's: shuffled, random_neurons, random."
     )
+    moved: Literal["trained", "change"] = option(
+        "trained", "Rows of the trained source (paper), or what training changed of them (needs select's --base)."
+    )
     init_std: float = option(1e-5, "Standard deviation of the mapping's initial weights.", gt=0)
     d_hidden: int | None = option(None, "Width of the mapping's hidden layer; None: the source's d_model.", ge=1)
 
@@ -48,8 +55,8 @@ def mapping(params: Params, *, d_source: int, d_target: int, generator: torch.Ge
 def source_rows(selection: Selection, example: int, params: Params, *, seed: int) -> dict[str, Tensor]:
     """The rows that an example gives to the mapping, by site: float32 [layer_pair, k, d_source]."""
     if params.given == "random_neurons":
-        return _random_neurons(selection, example)
-    rows = _selected(selection, example)
+        return _random_neurons(selection, example, params.moved == "change")
+    rows = _selected(selection, example, params.moved == "change")
     if params.given == "selected":
         return rows
     generator = torch.Generator().manual_seed(seed * 1_000_003 + example)  # other numbers for every example
@@ -61,13 +68,13 @@ def place(selection: Selection, example: int, rows: Mapping[str, Tensor]) -> dic
     return selection.delta(example, rows)
 
 
-def _selected(selection: Selection, example: int) -> dict[str, Tensor]:
+def _selected(selection: Selection, example: int, change: bool) -> dict[str, Tensor]:
     """The rows of the neurons that attribution ranks first, in score order."""
     rows = {}
     for site in SITES:
         sublayer = SUBLAYER_OF_SITE[site]
         layers, neurons = selection.source_layers(sublayer, example), selection.source_neurons(sublayer, example)
-        rows[site] = selection.rows_at(site, layers, neurons)
+        rows[site] = selection.rows_at(site, layers, neurons, change=change)
     return rows
 
 
@@ -94,11 +101,11 @@ def _random(rows: Mapping[str, Tensor], generator: torch.Generator) -> dict[str,
     return found
 
 
-def _random_neurons(selection: Selection, example: int) -> dict[str, Tensor]:
+def _random_neurons(selection: Selection, example: int, change: bool) -> dict[str, Tensor]:
     """The rows of neurons drawn at random in the selected source layers."""
     rows = {}
     for site in SITES:
         sublayer = SUBLAYER_OF_SITE[site]
         layers = selection.source_layers(sublayer, example)
-        rows[site] = selection.rows_at(site, layers, selection.random_neurons(sublayer, layers))
+        rows[site] = selection.rows_at(site, layers, selection.random_neurons(sublayer, layers), change=change)
     return rows

@@ -29,7 +29,7 @@ class Params:
 
     rank: int | None = option(16, "Keep so many singular values (an adapter); None: the whole matrices.", ge=1)
     block: Block = option(
-        "sensitive", "Part of the source's weights: sensitive; for controls random or uniform (seek.more_blocks)."
+        "sensitive", "Part of the source's weights: sensitive, or random, uniform or subclone (seek.more_blocks)."
     )
 
 

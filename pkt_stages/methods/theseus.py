@@ -18,20 +18,26 @@ from torch import Generator, Tensor
 
 from pkt_stages.core.transport import (
     Polar,
-    centred,
     head_likeness,
     head_map,
     matched_heads,
-    polar,
     random_isometry,
-    whitened,
 )
-from pkt_stages.errors import UserError
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import Geometry
-from pkt_stages.models.transport import MapParams, Maps, Models, Sides, at_input, at_output, carry, check_texts
+from pkt_stages.models.transport import (
+    Maps,
+    Models,
+    PolarParams,
+    at_input,
+    at_output,
+    carry,
+    check_grams,
+    check_texts,
+    fitted,
+)
 from pkt_stages.params import option
 
 INPUT_OF = {
@@ -46,15 +52,12 @@ INPUT_OF = {
 
 
 @dataclass(frozen=True)
-class Params(MapParams):
+class Params(PolarParams):
     """Settings of the method."""
 
     vocabulary: bool = option(False, "Carry over what training added to embedding and head, too.")
-    whitening: float = option(0.0, "Exponent p of (A^T A)^-p and (B^T B)^-p in front of the maps.", ge=0, le=0.5)
-    centred: bool = option(False, "Activations without their mean.")
     heads: bool = option(False, "One map per matched pair of heads, where heads are inputs or outputs.")
     shared_ffn: bool = option(True, "One map for the whole FFN, from its neurons' coefficients.")
-    fold: bool = option(True, "Fold the norms' gains into the weights; false: as published, gains apart.")
 
 
 def derive(inputs: Inputs, params: Params) -> Derived:
@@ -65,10 +68,8 @@ def derive(inputs: Inputs, params: Params) -> Derived:
     """
 
     def fit(models: Models, found: Correlation) -> tuple[Polar | None, Callable[[Pair], Maps]]:
-        if params.whitening and not found.has_grams:
-            raise UserError(
-                f"{found.path}: whitening needs either model's own sums, too; run `pkt correlate` with grams: true"
-            )
+        if params.whitening:
+            check_grams(found)
         whole = None
         if params.vocabulary:
             sides = at_input(models, found.of(None), FINAL, (0, 0), grams=params.whitening > 0)
@@ -79,22 +80,6 @@ def derive(inputs: Inputs, params: Params) -> Derived:
         return random_maps(sizes, params.shared_ffn, generator)
 
     return carry(inputs, params, vocabulary=params.vocabulary, fit=fit, draw=draw, fold=params.fold)
-
-
-def fitted(sides: Sides, params: Params) -> Polar:
-    """The orthogonal map of an activation."""
-    return polar(cross_of(sides, params), params.tolerance)
-
-
-def cross_of(sides: Sides, params: Params) -> Tensor:
-    """The cross-covariance that a map is made of, centred and whitened as the settings say."""
-    cross, grams = sides.cross, sides.grams
-    if params.centred:
-        cross = centred(cross, *sides.sums, sides.count)
-        if grams is not None:
-            own = [centred(g, s, s, sides.count) for g, s in zip(grams, sides.sums, strict=True)]
-            grams = (own[0], own[1])
-    return whitened(cross, *grams, params.whitening) if grams is not None else cross
 
 
 def fitted_maps(models: Models, found: Correlation, pair: Pair, params: Params) -> Maps:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from pkt_stages import artifacts, hub
@@ -37,7 +38,7 @@ class DenseDelta:
     """What to add to whole weights.
 
     Attributes:
-        weights: by the weight's name in the model (`model.layers.0.mlp.up_proj.weight`), float32 [out, in].
+        weights: by the weight's name in the model (`model.layers.0.mlp.up_proj.weight`), [out, in]; float32 as made.
     """
 
     weights: Mapping[str, Tensor]
@@ -218,6 +219,17 @@ def write_changes(
                 artifacts.save(folder / file, artifacts.DELTA, _tensors(change), whole)
             entries.append({**about, "label": label, "kind": kind, "file": file})
         artifacts.write_json(folder / LIST, {**meta, "changes": entries})
+
+
+def rounded(change: DenseDelta, dtype: str) -> tuple[DenseDelta, float]:
+    """Whole weights in a dtype of torch's, and ||rounded - exact|| / ||exact|| over all of them (0 for no change)."""
+    lost = total = 0.0
+    made = {}
+    for name, exact in change.weights.items():
+        made[name] = exact.to(getattr(torch, dtype))
+        lost += float((made[name].double() - exact.double()).square().sum())
+        total += float(exact.double().square().sum())
+    return DenseDelta(made), (lost / total) ** 0.5 if total else 0.0
 
 
 def _tensors(delta: Delta) -> dict[str, Tensor]:

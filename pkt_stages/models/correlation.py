@@ -100,11 +100,16 @@ def correlate(
                 keys = [(name, pair[side] if pair is not None else None) for side in range(2)]
                 a, b = kept[0][keys[0]], kept[1][keys[1]].to(kept[0][keys[0]].device)
                 heads = [s.d_head for s in sizes] if name == "heads" else None
-                _add(found.setdefault(pair, {}), name, a, b, heads, grams)
+                add(found.setdefault(pair, {}), name, a, b, heads, grams)
     return found
 
 
-def _add(into: dict[str, Sums], name: str, a: Tensor, b: Tensor, heads: list[int] | None, grams: bool) -> None:
+def add(into: dict[str, Sums], name: str, a: Tensor, b: Tensor, heads: list[int] | None, grams: bool) -> None:
+    """Add what a minibatch has of an activation, [token, width] of source and target, to the sums of a pair.
+
+    Args:
+        heads: d_head of either side, for the products inside each head.
+    """
     both = (a, b)
     new = Sums(
         cross=a.mT @ b,
@@ -178,8 +183,19 @@ def activations(model: Any, places: Iterator[tuple[Place, Any, bool]]) -> Iterat
             handle.remove()
 
 
-def write_pair(folder: Path, pair: Pair | None, sums: Mapping[str, Sums], dtype: str, meta: Mapping[str, Any]) -> None:
-    """Write what belongs to one pair of layers (None: in front of the head) into the folder of a correlation."""
+def write_pair(
+    folder: Path,
+    pair: Pair | None,
+    sums: Mapping[str, Sums],
+    dtype: str,
+    meta: Mapping[str, Any],
+    of: artifacts.Kind = artifacts.CORRELATION,
+) -> None:
+    """Write what belongs to one pair of layers (None: in front of the head) into the folder of a correlation.
+
+    Args:
+        of: what the sums of a pair of layers are.
+    """
     kind = getattr(torch, dtype)
     tensors, grams = {}, {}
     for name, found in sums.items():
@@ -191,7 +207,7 @@ def write_pair(folder: Path, pair: Pair | None, sums: Mapping[str, Sums], dtype:
                 tensors[f"{name}.{side}.heads"] = found.heads[number]
             if found.grams is not None:
                 grams[f"{name}.{side}"] = found.grams[number].to(kind)
-    artifacts.save(folder / _file(pair), artifacts.CORRELATION if pair else artifacts.FINAL_CORRELATION, tensors, meta)
+    artifacts.save(folder / _file(pair), of if pair else artifacts.FINAL_CORRELATION, tensors, meta)
     if grams:
         artifacts.save(folder / f"grams_{_file(pair)}", artifacts.GRAMS, grams, meta)
 
@@ -204,10 +220,14 @@ class Correlation:
     """What `pkt correlate` left: sums by pair of layers, each read when asked for.
 
     Attributes:
+        kind: of a pair's file.
+        mark: the file that says what the folder is.
         pairs: (source, target) layers.
         count: tokens.
         meta: as written: `source`, `target` (identities), `params`, `similarity`.
     """
+
+    kind, mark = artifacts.CORRELATION, LIST
 
     def __init__(self, folder: Path) -> None:
         """
@@ -215,14 +235,14 @@ class Correlation:
             UserError: no such folder, or a damaged one.
         """
         self.path = folder
-        path = folder / LIST
+        path = folder / self.mark
         try:
             self.meta: Mapping[str, Any] = dict(json.loads(path.read_text(encoding="utf-8-sig")))
             self.pairs: list[Pair] = [(int(s), int(t)) for s, t in self.meta["pairs"]]
             self.count = int(self.meta["num_tokens"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             why = " ".join(str(error).split())
-            raise UserError(f"{path}: not a readable correlation ({why}); make it with `pkt correlate`") from None
+            raise UserError(f"{path}: not readable ({why}); make it with `{self.kind.made_by}`") from None
 
     @property
     def has_grams(self) -> bool:
@@ -236,7 +256,7 @@ class Correlation:
             if not is_same(made, found):
                 raise UserError(
                     f"{self.path}: of the {side} {made['name']} at {made['revision']}, found {found['name']} at"
-                    f" {found['revision']}; run `pkt correlate` on these models"
+                    f" {found['revision']}; run `{self.kind.made_by}` on these models"
                 )
 
     def of(self, pair: Pair | None) -> PairSums:
@@ -252,7 +272,7 @@ class PairSums:
 
     @cached_property
     def _sums(self) -> artifacts.Artifact:
-        kind = artifacts.CORRELATION if self._pair else artifacts.FINAL_CORRELATION
+        kind = self._whole.kind if self._pair else artifacts.FINAL_CORRELATION
         return artifacts.load(self._whole.path / _file(self._pair), kind)
 
     @cached_property

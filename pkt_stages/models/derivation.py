@@ -19,7 +19,7 @@ class Inputs:
     Attributes:
         base: what the source's training began with.
         submatrices: file of `pkt seek`.
-        correlation: folder of `pkt correlate`.
+        correlation: folder of `pkt correlate`; gradients: of `pkt gradients`.
         delta: another row.
         examples: folder of examples, <task>/align.jsonl.
         texts: from `pkt texts`.
@@ -31,6 +31,7 @@ class Inputs:
     base: ModelRef | None = None
     submatrices: Path | None = None
     correlation: Path | None = None
+    gradients: Path | None = None
     delta: Changes | None = None
     examples: Path | None = None
     texts: Path | None = None

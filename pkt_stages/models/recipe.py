@@ -10,7 +10,7 @@ from pkt_stages.options import DType
 from pkt_stages.params import option
 
 Init = Literal["random", "pissa", "seeking"]  # what LoRA starts from
-Block = Literal["sensitive", "random", "uniform"]  # which part of the source's weights Seeking takes
+Block = Literal["sensitive", "random", "uniform", "subclone"]  # which part of the source's weights Seeking takes
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pkt_stages.progress import track
 
 DEFAULT = "default"  # the variant of the settings themselves
 INDICES, ROWS = "selection.safetensors", "rows.safetensors"
+BASE_ROWS = "base_rows.safetensors"  # only where `select` was given the base model
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Selection:
     Attributes:
         tensors: of the variant: `{sublayer}_layers` [example, layer_pair, 2], `{sublayer}_source_neurons` and
             `{sublayer}_target_neurons` [example, layer_pair, rank]; `{sublayer}_random_neurons` [source_layer, rank].
-        rows: the `source_rows` artifact of the same selection.
+        rows: the `source_rows` artifact of the same selection; base_rows: that of the source's base model, if kept.
         meta: the selection's metadata: `examples`, `source`, `target`, `params`.
         counts: neurons per layer pair at this rate, by sublayer: k of `ffn` and `attn`.
     """
 
     tensors: Mapping[str, Tensor]
     rows: Artifact
+    base_rows: Artifact | None
     meta: Mapping[str, Any]
     counts: Mapping[str, int]
 
@@ -100,9 +102,21 @@ class Selection:
             )
         return drawn[list(layers), : self.counts[sublayer]]
 
-    def rows_at(self, site: str, layers: Sequence[int], neurons: Tensor) -> Tensor:
-        """The source's rows at `neurons` [layer_pair, k] of these layers: float32 [layer_pair, k, d_source]."""
+    def rows_at(self, site: str, layers: Sequence[int], neurons: Tensor, *, change: bool = False) -> Tensor:
+        """The source's rows at `neurons` [layer_pair, k] of these layers: float32 [layer_pair, k, d_source].
+
+        Args:
+            change: what training changed of them, trained minus base.
+
+        Raises:
+            UserError: files of different selections; the base model's rows are wanted and were not kept.
+        """
         sublayer = SUBLAYER_OF_SITE[site]
+        if change and self.base_rows is None:
+            raise UserError(
+                f"{self.rows.path}: what training changed needs the base model's rows beside it; run `pkt select` with"
+                " --base (in a params file: the source in selected.with_base)"
+            )
         found = []
         for layer, wanted in zip(layers, neurons, strict=True):
             union = self.rows[f"neurons.{sublayer}.{layer}"]
@@ -112,7 +126,10 @@ class Selection:
                     f"{self.rows.path}: lacks rows of {site} in layer {layer} that the selection names;"
                     " make both again with `pkt select`"
                 )
-            found.append(self.rows[f"{site}.{layer}"][at].float())
+            rows = self.rows[f"{site}.{layer}"][at].float()
+            if change and self.base_rows is not None:
+                rows = rows - self.base_rows[f"{site}.{layer}"][at].float()
+            found.append(rows)
         return torch.stack(found)
 
     def delta(self, example: int, mapped: Mapping[str, Tensor]) -> dict[str, SparseDelta]:
@@ -133,10 +150,15 @@ def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Sele
             selects no neuron.
     """
     chosen = artifacts.load(folder / INDICES, artifacts.SELECTION)
-    extracted = artifacts.load(folder / ROWS, artifacts.SOURCE_ROWS)
-    for key in ("source", "target", "examples", "params"):
-        if chosen.meta.get(key) != extracted.meta.get(key):
-            raise UserError(f"{extracted.path}: not of the same run of `pkt select` as {chosen.path} ({key} differs)")
+    found = [artifacts.load(folder / ROWS, artifacts.SOURCE_ROWS)]
+    if (folder / BASE_ROWS).is_file():
+        found.append(artifacts.load(folder / BASE_ROWS, artifacts.SOURCE_ROWS))
+    for extracted in found:
+        for key in ("source", "target", "examples", "params"):
+            if chosen.meta.get(key) != extracted.meta.get(key):
+                raise UserError(
+                    f"{extracted.path}: not of the same run of `pkt select` as {chosen.path} ({key} differs)"
+                )
     named_examples = [(e["set"], e["id"]) for e in chosen.meta["examples"]]
     if len(set(named_examples)) < len(named_examples):
         raise UserError(f"{chosen.path}: two of its examples have one id; give each its own and attribute them again")
@@ -151,7 +173,13 @@ def open_selection(folder: Path, *, rate: float, variant: str = DEFAULT) -> Sele
     counts = check_rate(rate, Geometry(**chosen.meta["target"]["geometry"]))
     # Those of the variant, and the random neurons, which are of none.
     named = {n.removeprefix(f"{variant}."): n for n in chosen.shapes if "." not in n or n.startswith(f"{variant}.")}
-    return Selection({name: chosen[whole] for name, whole in named.items()}, extracted, chosen.meta, counts)
+    tensors = {name: chosen[whole] for name, whole in named.items()}
+    return Selection(tensors, found[0], found[1] if len(found) > 1 else None, chosen.meta, counts)
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """What `pkt select` wrote there."""
+    return [path for name in (INDICES, ROWS, BASE_ROWS) if (path := folder / name).is_file()]
 
 
 def check_rate(rate: float, target: Geometry) -> dict[str, int]:

@@ -9,14 +9,14 @@ norm's gain). What a norm behind a block divides by is left out: it is the token
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from pkt_stages.core.transport import TOLERANCE, Polar, random_isometry
+from pkt_stages.core.transport import TOLERANCE, Polar, centred, polar, random_isometry, whitened
 from pkt_stages.errors import UserError
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
@@ -37,6 +37,15 @@ class MapParams:
     maps: Literal["fitted", "random"] = option("fitted", "Maps from the texts, or a control's random ones.")
     seeds: tuple[int, ...] = option((0,), "Of random maps: one change for each.")
     tolerance: float = option(TOLERANCE, "Singular values up to this share of the largest are rounding.", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
+class PolarParams(MapParams):
+    """Settings of transports by an orthogonal map at each projection's input and output."""
+
+    whitening: float = option(0.0, "Exponent p of (A^T A)^-p and (B^T B)^-p in front of the maps.", ge=0, le=0.5)
+    centred: bool = option(False, "Activations, or gradients, without their mean.")
+    fold: bool = option(True, "Fold the norms' gains into the weights; false: as published, gains apart.")
 
 
 class Units:
@@ -61,11 +70,13 @@ class Maps:
 
     Attributes:
         ranks: of maps that data determine, by what they map: (rank, full rank).
+        gain: where gains go apart, that of the norm in front of a weight; by default as the weight's input.
     """
 
     output: Mapping[str, Map]
     input: Mapping[str, Map]
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    gain: Mapping[str, Map] = field(default_factory=dict)
 
 
 def carried(change: Tensor, output: Map, input: Map) -> Tensor:
@@ -170,10 +181,20 @@ Fit = Callable[["Models", Correlation], tuple[Polar | None, Callable[[Pair], Map
 Draw = Callable[[tuple[Geometry, Geometry], Tensor, Generator], Maps]
 
 
-def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw: Draw, fold: bool = True) -> Derived:
+def carry(
+    inputs: Inputs,
+    params: MapParams,
+    *,
+    vocabulary: bool,
+    fit: Fit,
+    draw: Draw,
+    fold: bool = True,
+    spare: Sequence[str] = ("texts",),
+) -> Derived:
     """A row of a method that moves what training added to the source, by maps of its own.
 
     Args:
+        spare: inputs that this does not need; one stage serves several methods.
         vocabulary: embedding and head, too, if both models have the same tokens.
         fit: from models and correlation to the map of the residual stream (None: not needed) and those of a pair.
         draw: random maps of a pair, of the control: from the sizes of source and target and the residual stream's.
@@ -182,8 +203,7 @@ def carry(inputs: Inputs, params: MapParams, *, vocabulary: bool, fit: Fit, draw
         UserError: other inputs than --target, --source, --base and --correlation; models that are not those of the
             correlation or differ in shape; as `carries_vocabulary`; or as `fit`.
     """
-    # One stage serves all transports, those that need the texts themselves, too.
-    target, source, base, folder = inputs.only("target", "source", "base", "correlation", spare=["texts"])
+    target, source, base, folder = inputs.only("target", "source", "base", "correlation", spare=spare)
     models, found = opened(target, source, base, fold=fold), Correlation(folder)
     of_target, of_source, of_base = (identity(model.ref) for model in (models.target, models.tuned, models.base))
     found.check(of_base, of_target)
@@ -238,7 +258,8 @@ def transported(
                 weights[f"{module}.bias"] = models.as_stored(weight, pair[1], moved).float()
         if not models.fold:
             for weight in ("attn_q", "ffn_gate"):
-                gain = _rows(models.gain_change(weight, pair[0])[:, None], maps.input[weight])[:, 0]
+                map = maps.gain.get(weight, maps.input[weight])
+                gain = _rows(models.gain_change(weight, pair[0])[:, None], map)[:, 0]
                 weights[f"{models.target.norm(weight, pair[1])}.weight"] = gain.float()
     if residual is not None:
         for weight in VOCABULARY:
@@ -299,6 +320,41 @@ class Sides:
     sums: tuple[Tensor, Tensor]
     grams: tuple[Tensor, Tensor] | None
     count: int
+
+
+def through(models: Models, outputs: Sides, weight: str, pair: Pair) -> Sides:
+    """What is known of a gradient at a projection's output, at its input: dL/dx = W^T dL/dy, W folded or not."""
+    both = zip((models.base, models.target), pair, strict=True)
+    first, second = (m.weight(weight, n) if models.fold else m.stored(weight, n) for m, n in both)
+    s, t = outputs.sums
+    own = outputs.grams
+    grams = (first.mT @ own[0] @ first, second.mT @ own[1] @ second) if own is not None else None
+    return Sides(first.mT @ outputs.cross @ second, (first.mT @ s, second.mT @ t), grams, outputs.count)
+
+
+def fitted(sides: Sides, params: PolarParams, *, relative: bool = False) -> Polar:
+    """The orthogonal map of an activation or a gradient, whitened and centred as the settings say.
+
+    Args:
+        relative: see `core.transport.whitened`.
+    """
+    cross, grams = sides.cross, sides.grams
+    if params.centred:
+        cross = centred(cross, *sides.sums, sides.count)
+        if grams is not None:
+            own = [centred(g, s, s, sides.count) for g, s in zip(grams, sides.sums, strict=True)]
+            grams = (own[0], own[1])
+    if grams is not None:
+        cross = whitened(cross, *grams, params.whitening, relative=relative)
+    return polar(cross, params.tolerance)
+
+
+def check_grams(found: Correlation) -> None:
+    """Raise UserError unless either model's own sums of products were kept, which whitening needs."""
+    if not found.has_grams:
+        raise UserError(
+            f"{found.path}: whitening needs either model's own sums, too; run `{found.kind.made_by}` with grams: true"
+        )
 
 
 def check_texts(correlation: Correlation, found: Polar, what: str) -> None:

@@ -114,7 +114,7 @@ def align(
     from pkt_stages.curves import curve_writer
     from pkt_stages.models import load
     from pkt_stages.models.alignment import Alignment, draw
-    from pkt_stages.models.selection import INDICES, ROWS, check_target, open_selection
+    from pkt_stages.models.selection import check_target, open_selection, stored_files
     from pkt_stages.scratch import CHOSEN, Steps, fingerprint
     from pkt_stages.templates import dated
 
@@ -130,7 +130,7 @@ def align(
     meta = {side: chosen.meta[side] for side in ("source", "target")}
     meta |= {"method": method, "params": asdict(params) | by.facts(), **dated(tokenizer, params.template)}
     facts = [meta, asdict(data), device, micro_batch_size]
-    kept = Steps(scratch, fingerprint(facts, [selection / INDICES, selection / ROWS]))
+    kept = Steps(scratch, fingerprint(facts, stored_files(selection)))
     model = load.load_model(ref, dtype=params.dtype, device=device)
     alignment = Alignment(model, chosen, data, params, by, micro_batch_size=micro_batch_size)
     with curve_writer(curves) as log:

@@ -6,15 +6,16 @@ changes by label, low-rank, dense or sparse.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pkt_stages import artifacts
+from pkt_stages.errors import UserError
 from pkt_stages.methods import Method
-from pkt_stages.options import AnyBase, Device, MethodName, Stopwatch, with_method
+from pkt_stages.options import AnyBase, Device, MethodName, Stopwatch, option, with_method
 
 if TYPE_CHECKING:
     from pkt_stages.models.derivation import Derived, Inputs
@@ -22,13 +23,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeriveParams:
-    """Settings that all such methods share: none; each has its own."""
+    """Settings that all such methods share."""
+
+    stored: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Dtype of whole weights in the row's files; what rounding loses of a change is noted down."
+    )
 
 
 def run(inputs: Inputs, by: Method) -> Derived:
     """What the method makes of its inputs."""
     derived: Derived = by.code.derive(inputs, by.settings)
     return derived
+
+
+def as_stored(derived: Derived, dtype: str) -> tuple[Derived, dict[str, dict[str, Any]]]:
+    """The row with its whole weights in this dtype, and what rounding lost of each change, by label.
+
+    Raises:
+        UserError: over half of a change's norm would be lost, or a change is not of whole weights.
+    """
+    from pkt_stages.models.changes import DenseDelta, rounded
+    from pkt_stages.models.merge import ROUNDING_REFUSE, ROUNDING_WARN
+
+    made, facts = {}, {}
+    for label, change in derived.changes.items():
+        if not isinstance(change, DenseDelta):
+            raise UserError(f"stored {dtype}: the change {label!r} is not of whole weights; leave it float32")
+        made[label], loss = rounded(change, dtype)
+        if not loss <= ROUNDING_REFUSE:
+            raise UserError(
+                f"stored {dtype}: rounding would lose {loss:.0%} of the norm of the change {label!r} (limit"
+                f" {ROUNDING_REFUSE:.0%}); use float32"
+            )
+        if loss > ROUNDING_WARN:
+            typer.echo(f"warning: {label}: stored as {dtype}, which loses {loss:.1%} of the change's norm", err=True)
+        facts[label] = {"rounding_loss": loss}
+    return replace(derived, changes=made), facts
 
 
 @with_method("derive", DeriveParams, functions=("derive",))
@@ -42,6 +72,7 @@ def derive(
     base: Annotated[str | None, typer.Option(help="What the source's training began with: folder or hub name.")] = None,
     submatrices: Annotated[Path | None, typer.Option(help="From `pkt seek`.")] = None,
     correlation: Annotated[Path | None, typer.Option(help="Folder from `pkt correlate`.")] = None,
+    gradients: Annotated[Path | None, typer.Option(help="Folder from `pkt gradients`.")] = None,
     delta: Annotated[Path | None, typer.Option(help="Another row's folder, or a delta.")] = None,
     examples: Annotated[Path | None, typer.Option(help="Folder of examples: <task>/align.jsonl.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts (.jsonl) from `pkt texts`.")] = None,
@@ -66,13 +97,18 @@ def derive(
         base=resolve(base) if base is not None else None,
         submatrices=submatrices,
         correlation=correlation,
+        gradients=gradients,
         delta=row,
         examples=examples,
         texts=texts,
         device=device,
     )
     made = run(inputs, by)
-    meta = {"command": "derive", "method": method, "target": made.target, "source": made.source, "params": by.facts()}
-    write_changes(out, made.changes, {**made.meta, **meta})
+    facts: dict[str, dict[str, Any]] = {}
+    if params.stored != "float32":
+        made, facts = as_stored(made, params.stored)
+    meta = {"command": "derive", "method": method, "target": made.target, "source": made.source}
+    meta |= {"params": by.facts() | asdict(params)}
+    write_changes(out, made.changes, {**made.meta, **meta}, facts)
     settings = ", ".join(f"{name} {value}" for name, value in asdict(by.settings).items())
     watch.summary("derive", f"{by.name} ({settings}), {len(made.changes)} change{'s'[: len(made.changes) != 1]}", out)

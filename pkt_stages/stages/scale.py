@@ -17,8 +17,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.encoding import PromptParams
-from pkt_stages.errors import UserError
-from pkt_stages.examples import Example, read_examples
+from pkt_stages.examples import Example, align_files, read_examples
 from pkt_stages.options import AnyBase, BatchSize, Device, DType, Model, Stopwatch, option, with_params
 from pkt_stages.progress import track
 from pkt_stages.templates import dated
@@ -114,10 +113,7 @@ def scale(
     from pkt_stages.models.load import check_device, identity, load_config, load_tokenizer, resolve
 
     watch = Stopwatch()
-    files = {path.parent.name: path for path in sorted(examples.glob("*/align.jsonl"))}
-    if missing := [task for task in params.tasks if task not in files] or ([] if files else ["<task>"]):
-        raise UserError(f"{examples}: no {missing[0]}/align.jsonl below it; make it with `pkt prepare`")
-    files = {task: files[task] for task in params.tasks or files}
+    files = align_files(examples, params.tasks)
     asked = {task: read_examples(path)[: params.limit] for task, path in files.items()}
     ref = resolve(model)
     check_device(device)

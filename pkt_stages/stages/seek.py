@@ -38,8 +38,10 @@ class SeekParams(EncodingParams):
     )
     labels: Labels = option("answer", "Tokens whose loss counts: answer, all or reference_code.")
     dtype: DType = option("auto", "The source's dtype; auto: stored.")
-    more_blocks: tuple[Literal["random", "uniform"], ...] = option(
-        (), "Other parts of the same weights to keep, for controls: random placements, uniform (weight selection)."
+    more_blocks: tuple[Literal["random", "uniform", "subclone"], ...] = option(
+        (),
+        "Other parts of the source's weights to keep: random placements, uniform (weight selection), subclone (weight"
+        " subcloning, whose layers are its own).",
     )
     seed: int = option(0, "Seed of random placements.")
 
@@ -77,6 +79,7 @@ def seek(
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.sensitivity import resumed
     from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, check_whole_matrices, geometry, module_name
+    from pkt_stages.models.subcloning import Importance, check_heads, importance, kept_layers, subclone
     from pkt_stages.models.submatrices import check_sizes, other_block
 
     watch = Stopwatch()
@@ -91,6 +94,8 @@ def seek(
     check_sizes(sizes["source"], sizes["target"], weights)
     if params.sites == "all" and (odd := load.vocabulary_difference(refs["source"], refs["target"])):
         raise UserError(f"sites all: embedding and head take one vocabulary: {odd}; use sites paper")
+    if "subclone" in params.more_blocks:
+        check_heads(sizes["source"], sizes["target"])
     tokenizer = load.load_tokenizer(refs["source"])
     encoded = [
         (e.id, encode(tokenizer, e, template=params.template, max_length=params.max_length, labels=params.labels))
@@ -106,6 +111,9 @@ def seek(
         shards = Shards(scratch, f"seek-{fingerprint([*run_of, group.size], [])}")
         model = load.load_model(refs["source"], dtype=params.dtype, device=group.device(device))
         sums = resumed(model, encoded, wanted, shards, group)
+        active: Importance | None = None
+        if "subclone" in params.more_blocks and group.is_first:
+            active = importance(model, [example for _, example in encoded])
         del model  # makes room for the search
         group.wait()
         if not group.is_first:
@@ -113,11 +121,17 @@ def seek(
     layers, found = run(sums, weights, sizes["target"])
     checkpoint = Checkpoint(refs["source"])
     tensors = {"layers": layers, "layer_sensitivity": sums.layers}
+    ends = kept_layers(sizes["target"].num_layers, sizes["source"].num_layers)
     for part in found:
         (row, column), (height, width) = part.corner, sizes["target"].weight_shape(part.weight)
         values = checkpoint.weight(part.name)[row : row + height, column : column + width]
         tensors[f"{part.weight}.submatrix.{part.layer}"] = values
-        for block in params.more_blocks:
+        if active is not None:
+            layer = ends[part.layer]
+            whole = checkpoint.weight(f"{module_name(part.weight, layer)}.weight")
+            made = subclone(whole, part.weight, layer, active, sizes["source"], sizes["target"])
+            tensors[f"{part.weight}.subclone.{part.layer}"] = made
+        for block in (block for block in params.more_blocks if block != "subclone"):
             rows, columns = other_block(block, part, checkpoint.weight(part.name).shape, (height, width), params.seed)
             tensors[f"{part.weight}.{block}.{part.layer}"] = checkpoint.weight(part.name)[rows][:, columns]
     for weight in weights:
@@ -129,6 +143,7 @@ def seek(
         "layers": layers.tolist(),
         "layer_sensitivity": sums.layers.tolist(),
         "submatrices": [asdict(part) for part in found],
+        **({"subclone_layers": ends} if active is not None else {}),
         "units": {"layer_sensitivity": "nats, sum over examples and parameters"},
     }
     artifacts.write_json(metrics, measured | facts)

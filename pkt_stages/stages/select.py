@@ -2,7 +2,8 @@
 
 Two attributions -> `selection`: layer pairs and neuron indices in score order, for the settings themselves and each
 variant of them; and, with the source's checkpoint, `source_rows`: the rows that the settings can use, those of the
-extract examples that `align` takes a step with and of the transfer examples. From there on no source model is needed.
+extract examples that `align` takes a step with and of the transfer examples; with its base model's
+checkpoint those of that one, too, for what training changed. From there on no source model is needed.
 """
 
 from __future__ import annotations
@@ -119,12 +120,15 @@ def select(
     source_scores: Annotated[Path, typer.Option(help="The source's attribution.")],
     target_scores: Annotated[Path, typer.Option(help="The target's attribution, on the same examples.")],
     out: Annotated[Path, typer.Option(help="Folder for layer pairs and neurons, and the source's rows at them.")],
+    base: Annotated[
+        str | None, typer.Option(help="What the source's training began with: its rows are kept, too.")
+    ] = None,
     task: Task = None,
 ) -> None:
     """Pair layers, choose neurons of source and target, and take the source's rows at them."""
     from pkt_stages.models.load import identity, is_same, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
-    from pkt_stages.models.selection import INDICES, ROWS, extract_rows, random_neurons
+    from pkt_stages.models.selection import BASE_ROWS, INDICES, ROWS, extract_rows, random_neurons
     from pkt_stages.models.sites import geometry
 
     watch = Stopwatch()
@@ -143,6 +147,13 @@ def select(
             f" {expected['revision']}, found {model['name']} at {model['revision']}); run `pkt attribute` again"
         )
     sizes = geometry(load_config(ref))
+    base_ref = resolve(base) if base is not None else None
+    if base_ref is not None and (other := geometry(load_config(base_ref))) != sizes:
+        name = next(name for name in vars(sizes) if getattr(sizes, name) != getattr(other, name))
+        raise UserError(
+            f"{base}: {name} {getattr(other, name)}, the source {source} has {getattr(sizes, name)}; give the model"
+            " that its training began with"
+        )
     _warn_if_narrower(found["source"].meta["geometry"], found["target"].meta["geometry"])
     _check_cuts(found["source"].meta, found["target"].meta)
     tensors: dict[str, Tensor] = {}
@@ -162,6 +173,9 @@ def select(
     meta |= {"examples": found["source"].meta["examples"], "params": asdict(params)}
     with artifacts.replaced_folder(out, INDICES) as folder:
         artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
+        if base_ref is not None:
+            base_rows = extract_rows(Checkpoint(base_ref), sizes, tensors, used)
+            artifacts.save(folder / BASE_ROWS, artifacts.SOURCE_ROWS, base_rows, meta | {"base": identity(base_ref)})
         artifacts.save(folder / INDICES, artifacts.SELECTION, tensors, meta)
     pairs = tensors["default.ffn_layers"].shape
     what = f"{pairs[1]} layer pairs, {counts['ffn']} FFN and {counts['attn']} attention neurons each"

@@ -19,6 +19,7 @@ import typer
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
+from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.params import build, read_params, read_settings
 from pkt_stages.profile import read_profile
@@ -28,9 +29,12 @@ from pkt_stages.stages.align import AlignParams
 from pkt_stages.stages.attribute import AttributeParams
 from pkt_stages.stages.compare import CompareParams
 from pkt_stages.stages.correlate import PAIRS_AT_ONCE, CorrelateParams
+from pkt_stages.stages.derive import DeriveParams
 from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
+from pkt_stages.stages.gradients import PAIRS_AT_ONCE as GRADIENT_PAIRS
+from pkt_stages.stages.gradients import GradientsParams
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.scale import ScaleParams
 from pkt_stages.stages.seek import SeekParams
@@ -150,8 +154,7 @@ class Estimator:
         """The params file, and what it says of a command's settings; read once, as it is large."""
         key = (self._root / options["--params"], command, options.get("--task"), options.get("--method"))
         if key not in self._given:
-            bare = command == "derive"  # has no settings of its own, so no section
-            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3], optional=bare)
+            self._given[key] = read_settings(key[0], command, task=key[2], method=key[3])
         return key[0], dict(self._given[key])
 
     def _prepared(self, options: Mapping[str, str]) -> PrepareParams:
@@ -179,6 +182,26 @@ class Estimator:
             flops=2 * tokens * (2 * (size + other) + pairs * (squares + own)),
             memory=(size + other) * WIDTHS[settings.dtype] + 8 * PAIRS_AT_ONCE * (squares + own),
             disk=pairs * (squares + own) * (8 if settings.stored == "float64" else 4),
+        )
+
+    def _gradients(self, options: Mapping[str, str]) -> Need:
+        (source, size), (target, other) = self._model(options["--source"]), self._model(options["--target"])
+        settings = self._settings(options, "gradients", GradientsParams)
+        pairs = min(source.num_layers, target.num_layers)
+        # At the outputs of a layer's seven projections and of its two norms.
+        widths = [
+            [*(sizes.weight_shape(weight)[0] for weight in PROJECTIONS), sizes.d_model, sizes.d_model]
+            for sizes in (source, target)
+        ]
+        crossed = sum(s * t for s, t in zip(*widths, strict=True))
+        own = sum(width**2 for side in widths for width in side) * settings.grams
+        examples = settings.num_examples or self._prepared(options).count("align")
+        tokens = 4 * examples * self._tokens  # of four tasks
+        passes = -(-pairs // GRADIENT_PAIRS)
+        return Need(
+            flops=2 * tokens * (2 * passes * (size + other) + pairs * (crossed + own)),
+            memory=(size + other) * WIDTHS[settings.dtype] + 8 * min(pairs, GRADIENT_PAIRS) * (crossed + own),
+            disk=pairs * (crossed + own) * (8 if settings.stored == "float64" else 4),
         )
 
     def _scale(self, options: Mapping[str, str]) -> Need:
@@ -209,9 +232,10 @@ class Estimator:
             profile = read_params(self._root / options["--params"])
             target, _ = self._model(f"{profile['models_dir']}/{profile['target']}")
         settings, prepared = self._settings(options, "select", SelectParams), self._prepared(options)
-        examples = min(settings.steps, prepared.extract) + prepared.transfer
+        examples = min(settings.steps, prepared.count("extract")) + prepared.count("transfer")
         examples *= len(settings.rules())
-        return Need(disk=selected_bytes(source, target, examples, settings.max_rate, random=settings.random_neurons))
+        size = selected_bytes(source, target, examples, settings.max_rate, random=settings.random_neurons)
+        return Need(disk=size * (2 if "--base" in options else 1))
 
     def _align(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--target"])
@@ -239,19 +263,22 @@ class Estimator:
         sizes, _ = self._model(options["--target"])
         file, given = self._read(options, "derive")
         module = methods.load(str(given.pop("code", "")), ("derive",))
-        params = build(module.Params, given, f"{file}: {options['--method']}")
+        shared = {field.name for field in fields(DeriveParams)}
+        own = {name: value for name, value in given.items() if name not in shared}
+        params = build(module.Params, own, f"{file}: {options['--method']}")
+        width = WIDTHS[self._settings(options, "derive", DeriveParams).stored]
         inside = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model
         if "--correlation" in options:
             # At most a decomposition of the largest map in float64, on the CPU, and all weights of each layer.
             changes = len(params.seeds) if getattr(params, "maps", "fitted") == "random" else 1
             whole = num_parameters(sizes) if getattr(params, "vocabulary", False) else inside
-            return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=4 * whole * changes)
+            return Need(flops=20 * sizes.num_layers * sizes.d_ff**3, disk=width * whole * changes)
         if "--examples" in options:
-            return Need(memory=8 * inside, disk=4 * inside)
+            return Need(memory=8 * inside, disk=width * inside)
         if "--source" in options and "--submatrices" not in options and hasattr(params, "vocabulary"):
-            return Need(disk=4 * num_parameters(sizes))
+            return Need(disk=width * num_parameters(sizes))
         rank = getattr(params, "rank", None)
-        return Need(disk=self._adapter(sizes, rank) if rank else self._rows(sizes))
+        return Need(disk=self._adapter(sizes, rank) if rank else width / 4 * self._rows(sizes))
 
     def _import(self, options: Mapping[str, str]) -> Need:
         """At most what the adapters take in float32, if they are stored in 16 bits."""

@@ -15,6 +15,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.methods import laten
 from pkt_stages.models.selection import Selection, open_selection
 from pkt_stages.models.sites import SITES
+from tests.conftest import make_model
 from tests.stages.selection_files import write_selection
 
 GIVEN = get_args(get_type_hints(laten.Params)["given"])
@@ -101,3 +102,32 @@ def test_the_mapping_is_seeded_and_has_the_width_that_is_asked_for() -> None:
         torch.equal(made(0)[name], made(0)[name]) and not torch.equal(made(0)[name], made(1)[name]) for name in shapes
     )
     assert torch.allclose(made(0, init_std=1.0)["attn_o.2.weight"] * 1e-5, made(0)["attn_o.2.weight"])
+
+
+def test_what_training_changed_takes_the_place_of_the_rows(
+    tmp_path: Path, source_folder: Path, target_folder: Path
+) -> None:
+    """Trained minus base at the same neurons, of the selected ones and of each control; sizes are the change's own."""
+    base = make_model(tmp_path / "base", seed=3, hidden_size=96, intermediate_size=128, num_hidden_layers=4)
+    selection = open_selection(
+        write_selection(tmp_path / "selection", source_folder, target_folder, base=base), rate=0.2
+    )
+    plain = open_selection(write_selection(tmp_path / "plain", base, target_folder), rate=0.2)
+    for given in GIVEN:
+        params = laten.Params(given=given, moved="change")
+        found = laten.source_rows(selection, 1, params, seed=0)
+        after, before = (rows_of(rows, given, 1) for rows in (selection, plain))
+        for site in SITES:
+            change = after[site] - before[site]
+            if given == "random":
+                selected = laten.source_rows(selection, 1, laten.Params(moved="change"), seed=0)[site]
+                sizes = [rows.square().mean((1, 2)).sqrt() for rows in (found[site], selected)]
+                torch.testing.assert_close(sizes[0], sizes[1], rtol=0.1, atol=0)
+            else:
+                assert torch.equal(found[site], change), given
+    with pytest.raises(UserError) as caught:
+        laten.source_rows(plain, 1, laten.Params(moved="change"), seed=0)
+    assert str(caught.value) == (
+        f"{tmp_path}/plain/rows.safetensors: what training changed needs the base model's rows beside it; run `pkt"
+        " select` with --base (in a params file: the source in selected.with_base)"
+    )

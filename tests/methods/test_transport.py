@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pkt_stages.examples import write_jsonl
+from tests.conftest import write_examples
 from tests.stages.test_reexpress import make
 
 Run = Callable[..., tuple[int, str, str]]
@@ -468,3 +469,145 @@ def test_ariadne_with_random_turns_is_a_control(pkt: Run, parent: Path, tmp_path
     assert first.keys() == second.keys() == fitted.keys()
     assert not any(torch.allclose(first[name], second[name], rtol=0.1) for name in first)
     assert not any(torch.allclose(first[name], fitted[name], rtol=0.1) for name in first)
+
+
+LONG = [f"The answer number {n} is {' '.join(format(n * 7919 + k * k, 'x') for k in range(9))}." for n in range(12)]
+
+
+def with_gradients(pkt: Run, parent: Path, folder: Path, source: str, *more: object) -> tuple[object, ...]:
+    """The options of a derive by labels: as `derive`, with the gradients of long answers."""
+    for task, answers in (("gsm8k", LONG[:7]), ("mmlu", LONG[7:])):
+        (folder / "examples" / task).mkdir(parents=True, exist_ok=True)
+        write_examples(folder / "examples" / task / "align.jsonl", answers)
+    models = ("--source", parent / f"{source}base", "--target", parent / "base")
+    given = ("--examples", folder / "examples", "--correlation", parent / f"sums-{source}base", "--template", "none")
+    status, printed, err = pkt("gradients", *models, *given, "--out", folder / "asked", *more)
+    assert status == 0, err
+    assert printed.startswith("gradients: 12 examples of 2 tasks, ")
+    models = ("--source", parent / f"{source}tuned", "--base", parent / f"{source}base", "--target", parent / "base")
+    return (*models, "--correlation", parent / f"sums-{source}base", "--gradients", folder / "asked")
+
+
+@pytest.mark.parametrize("source", ["", "turned-", "re-"])
+def test_bico_is_exact_where_the_right_maps_exist(pkt: Run, parent: Path, tmp_path: Path, source: str) -> None:
+    """All projections of a turned copy, gate and up too; of one among random filler those whose input has none."""
+    given = with_gradients(pkt, parent, tmp_path, source)
+    status, _, err = pkt("derive", "--code", "bico", *given, "--out", tmp_path / "row")
+    assert status == 0, err
+    ranks = json.loads((tmp_path / "row/changes.json").read_text())["ranks"]
+    assert all(rank == full for rank, full in ranks.values())
+    inside, found = own(pkt, parent, tmp_path / "own", vocabulary="false"), change(tmp_path / "row")
+    assert found.keys() == inside.keys()
+    for name, weight in inside.items():
+        if source != "re-" or not name.endswith(("down_proj.weight", "o_proj.weight")):
+            assert float((found[name] - weight).norm() / weight.norm()) < 2e-3, name
+    asked = json.loads((tmp_path / "asked/gradients.json").read_text())
+    assert asked["examples"] == {"gsm8k": 7, "mmlu": 5} and asked["num_answer_tokens"] > 400
+
+
+def test_bico_from_gradients_alone(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """Input maps of W^T dL/dy: no wider than the output, so of down all d_model of the neurons' directions."""
+    given = with_gradients(pkt, parent, tmp_path, "turned-", "--grams")
+    out = tmp_path / "row"
+    assert pkt("derive", "--code", "bico", *given, "--set", "inputs=gradients", "--out", out)[0] == 0
+    ranks = json.loads((out / "changes.json").read_text())["ranks"]
+    inside, found = own(pkt, parent, tmp_path / "own", vocabulary="false"), change(out)
+    exact = 0
+    for name, weight in inside.items():
+        layer, part = name.split(".")[2], name.split(".")[4]
+        key = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}.get(part, f"attn_{part[0]}")
+        if name.endswith("bias") or len(set(ranks[f"layer_{layer}.{key}.in"])) == 1:
+            assert float((found[name] - weight).norm() / weight.norm()) < 2e-3, name
+            exact += 1
+    assert len(inside) > exact > len(inside) // 3
+    # Whitening changes no exact map, and takes what `grams` kept.
+    out = tmp_path / "white"
+    more = ("--set", "inputs=gradients", "--set", "whitening=0.25", "--out", out)
+    assert pkt("derive", "--code", "bico", *given, *more)[0] == 0
+    name = "model.layers.1.self_attn.q_proj.bias"
+    torch.testing.assert_close(change(out)[name], inside[name], rtol=0, atol=1e-4)
+
+
+def test_gains_apart_go_by_the_norms_own_gradients(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """As published; a copy's changes of projections and gains, as they are."""
+    given = with_gradients(pkt, parent, tmp_path, "")
+    assert pkt("derive", "--code", "bico", *given, "--set", "fold=false", "--out", tmp_path / "row")[0] == 0
+    before, after = (load_file(parent / name / "model.safetensors") for name in ("base", "tuned"))
+    found = change(tmp_path / "row")
+    assert "model.layers.1.post_attention_layernorm.weight" in found
+    for name, weight in found.items():
+        expected = after[name] - before[name]
+        assert float((weight - expected).norm() / expected.norm()) < 2e-3, name
+    ranks = json.loads((tmp_path / "row/changes.json").read_text())["ranks"]
+    assert ranks["layer_0.ffn_in.out"] == [48, 48]
+
+
+def test_gradients_are_equal_however_many_pairs_are_held(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    for name, count in (("a", 8), ("b", 8), ("c", 1)):
+        with_gradients(pkt, parent, tmp_path / name, "re-", "--pairs-at-once", count)
+    a, b, c = (tmp_path / name / "asked" for name in "abc")
+    for path in sorted(a.iterdir()):
+        assert path.read_bytes() == (b / path.name).read_bytes()
+    for layer in (0, 1):
+        one, other = (load_file(folder / f"layer_00{layer}.safetensors") for folder in (a, c))
+        assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-9) for name in one)
+
+
+def test_bico_refuses_what_it_cannot_work_from(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    given = with_gradients(pkt, parent, tmp_path, "turned-")
+    row = ("--out", tmp_path / "row")
+    _, _, err = pkt("derive", "--code", "bico", *given[:-2], *row)
+    assert "the method takes --target and --source and --base and --correlation and --gradients, nothing else" in err
+    _, _, err = pkt("derive", "--code", "bico", *given, "--set", "whitening=0.5", *row)
+    message = "whitening needs either model's own sums, too; run `pkt gradients` with grams: true"
+    assert err == f"pkt: error: {tmp_path}/asked: {message}\n"
+    (tmp_path / "asked/gradients.json").rename(tmp_path / "kept.json")
+    _, _, err = pkt("derive", "--code", "bico", *given, *row)
+    assert err.startswith(f"pkt: error: {tmp_path}/asked/gradients.json: not readable (") and "`pkt gradients`" in err
+    told = json.loads((tmp_path / "kept.json").read_text())
+    (tmp_path / "asked/gradients.json").write_text(json.dumps(told | {"pairs": [[0, 0]]}))
+    _, _, err = pkt("derive", "--code", "bico", *given, *row)
+    assert f"{tmp_path}/asked: of other pairs of layers than {parent}/sums-turned-base; run `pkt gradients`" in err
+    other = told | {"source": told["source"] | {"revision": "other"}}
+    (tmp_path / "asked/gradients.json").write_text(json.dumps(other))
+    _, _, err = pkt("derive", "--code", "bico", *given, *row)
+    assert "run `pkt gradients` on these models" in err
+    assert not (tmp_path / "row").exists()
+
+
+def test_too_few_answers(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """Behind the last attention only tokens that predict an answer have a gradient; the rank that they give is said."""
+    given = with_gradients(pkt, parent, tmp_path, "turned-")
+    for path in (tmp_path / "examples").glob("*/align.jsonl"):
+        write_examples(path, ["It is 1."])
+    asked = ("--examples", tmp_path / "examples", "--correlation", parent / "sums-turned-base", "--template", "none")
+    models = ("--source", parent / "turned-base", "--target", parent / "base")
+    assert pkt("gradients", *models, *asked, "--out", tmp_path / "asked")[0] == 0
+    count = json.loads((tmp_path / "asked/gradients.json").read_text())["num_answer_tokens"]
+    status, _, err = pkt("derive", "--code", "bico", *given, "--out", tmp_path / "row")
+    assert status == 2
+    assert f"{tmp_path}/asked: {count} answer tokens give the map of the gradient at attn_q of layers 0-0 rank" in err
+    assert err.endswith("; run `pkt gradients` on more examples\n")
+
+
+def test_examples_that_two_models_read_differently(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    other = trained(tmp_path / "other", parent / "base")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_tokens(["answer"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    models = ("--source", other, "--target", parent / "base")
+    texts(tmp_path / "t.jsonl", 4)
+    sums = ("--correlation", tmp_path / "sums")
+    (tmp_path / "examples/gsm8k").mkdir(parents=True)
+    write_examples(tmp_path / "examples/gsm8k/align.jsonl", LONG[:2])
+    assert (
+        pkt("correlate", *models, "--texts", tmp_path / "t.jsonl", "--num-texts", 4, "--out", tmp_path / "sums")[0] == 0
+    )
+    command = ("gradients", *models, *sums, "--template", "none", "--out", tmp_path / "asked")
+    status, _, err = pkt(*command, "--examples", tmp_path / "examples")
+    assert status == 2 and "example toy_0: the two models' tokenizers or templates do not read it alike" in err
+    _, _, err = pkt(*command, "--examples", tmp_path / "sums")
+    assert f"{tmp_path}/sums: no <task>/align.jsonl below it; make it with `pkt prepare`" in err
+    assert not (tmp_path / "asked").exists()

@@ -29,6 +29,8 @@ def params(**changes: Any) -> dict[str, Any]:
         "seek_source": ["s"],
         "teacher": ["s"],
         "transport_source": [],
+        "labelled_source": [],
+        "selected": {"trained": changes.get("source", ["s"]), "with_base": []},
         "every_step": [],
         "adopted": [],
         "pairs": {},

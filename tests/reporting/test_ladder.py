@@ -33,6 +33,7 @@ CHANGES: dict[str, Any] = {
     "seek_source": [],
     "teacher": [],
     "transport_source": ["copy", "far"],
+    "selected": {"trained": ["copy", "far"], "with_base": []},
     "made_by": MADE_BY,
 }
 TARGET = [-2.0, -3.0, -2.5, -2.0, -3.0, -2.5, -2.0, -3.0]

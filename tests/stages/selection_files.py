@@ -12,7 +12,7 @@ from torch import Tensor
 from pkt_stages import artifacts
 from pkt_stages.models.load import identity, load_config, resolve
 from pkt_stages.models.rows import Checkpoint
-from pkt_stages.models.selection import INDICES, ROWS, extract_rows
+from pkt_stages.models.selection import BASE_ROWS, INDICES, ROWS, extract_rows
 from pkt_stages.models.sites import Geometry, geometry
 from tests.conftest import write_examples
 
@@ -27,8 +27,13 @@ def write_selection(
     *,
     examples: list[dict[str, str]] | None = None,
     max_rate: float = 0.25,
+    base: Path | None = None,
 ) -> Path:
-    """Write the folder of `pkt select`; a random selection over all target layers if none is given."""
+    """Write the folder of `pkt select`; a random selection over all target layers if none is given.
+
+    Args:
+        base: the source's base model, whose rows are kept, too.
+    """
     refs = {side: resolve(str(model)) for side, model in (("source", source), ("target", target))}
     sizes = {side: geometry(load_config(ref)) for side, ref in refs.items()}
     if examples is None:
@@ -43,6 +48,9 @@ def write_selection(
     artifacts.save(folder / INDICES, artifacts.SELECTION, selection, meta)
     rows = extract_rows(Checkpoint(refs["source"]), sizes["source"], selection, range(len(examples)))
     artifacts.save(folder / ROWS, artifacts.SOURCE_ROWS, rows, meta)
+    if base is not None:
+        rows = extract_rows(Checkpoint(resolve(str(base))), sizes["source"], selection, range(len(examples)))
+        artifacts.save(folder / BASE_ROWS, artifacts.SOURCE_ROWS, rows, meta)
     return folder
 
 

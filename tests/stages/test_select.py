@@ -207,3 +207,30 @@ def test_more_neurons_than_the_source_has(pkt: Run, target_folder: Path, extract
     status, _, err = select(pkt, scored, small, tmp_path, "--max-rate", "0.5")
     assert status == 2
     assert "ffn at max_rate 0.5, the source: 48 neurons wanted, a layer has 32; lower max_rate" in err
+
+
+def test_the_base_models_rows_beside_the_trained_ones(
+    pkt: Run, scored: dict[str, Path], source_folder: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """At the same neurons, in a file of their own, so that all else is as without; a model of another shape is none."""
+    base = make_model(tmp_path / "base", seed=3, hidden_size=96, intermediate_size=128, num_hidden_layers=4)
+    assert select(pkt, scored, source_folder, tmp_path / "without")[0] == 0
+    status, _, err = select(pkt, scored, source_folder, tmp_path, "--base", base)
+    assert status == 0, err
+    for name in ("selection.safetensors", "rows.safetensors"):
+        assert (tmp_path / "selected" / name).read_bytes() == (tmp_path / "without/selected" / name).read_bytes()
+    rows, of_base = (load_file(tmp_path / "selected" / name) for name in ("rows.safetensors", "base_rows.safetensors"))
+    weights = load_file(base / "model.safetensors")
+    assert rows.keys() == of_base.keys()
+    neurons = rows["neurons.ffn.1"]
+    assert torch.equal(neurons, of_base["neurons.ffn.1"])
+    assert torch.equal(of_base["ffn_up.1"], weights["model.layers.1.mlp.up_proj.weight"][neurons])
+    # Selected again without it, nothing of it stays.
+    assert select(pkt, scored, source_folder, tmp_path)[0] == 0
+    assert not (tmp_path / "selected/base_rows.safetensors").exists()
+    status, _, err = select(pkt, scored, source_folder, tmp_path, "--base", target_folder)
+    assert (status, err) == (
+        2,
+        f"pkt: error: {target_folder}: num_layers 3, the source {source_folder} has 4; give the model that its training"
+        " began with\n",
+    )

@@ -177,6 +177,17 @@ def test_settings_are_those_of_task_and_method(estimator: Estimator) -> None:
     assert few.flops == pytest.approx(4 * 13.0e9 * tokens, rel=0.02)
 
 
+def test_gradients_of_13b_and_7b(estimator: Estimator) -> None:
+    """By hand: nine products a pair, of which gate and up are wide; four passes over 320 examples."""
+    models = "--source data/models/llama2-13b-base --target data/models/llama2-7b-base"
+    need = estimator.need(f"pkt gradients {models} --examples e --correlation c --out o {PARAMS}")
+    pair = 7 * 5120 * 4096 + 2 * 13824 * 11008
+    tokens = 4 * 80 * 256
+    assert need.disk == 32 * 8 * pair
+    assert need.memory == pytest.approx(4 * (13.0e9 + 6.74e9) + 8 * 8 * pair, rel=0.01)
+    assert need.flops == pytest.approx(2 * tokens * (4 * 2 * (13.0e9 + 6.74e9) + 32 * pair), rel=0.01)
+
+
 def test_a_derived_row_takes_what_its_code_makes(estimator: Estimator) -> None:
     full, low, grid, random = (
         estimator.need(f"pkt derive {PARAMS} --method {method} {options}").disk
