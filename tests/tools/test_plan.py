@@ -177,6 +177,15 @@ def test_settings_are_those_of_task_and_method(estimator: Estimator) -> None:
     assert few.flops == pytest.approx(4 * 13.0e9 * tokens, rel=0.02)
 
 
+def test_a_source_beside_a_training_comes_before_it(estimator: Estimator) -> None:
+    """Its layers' importance (a pass and its way back) and states (a pass), in float32; never beside the target."""
+    command = f"pkt finetune --target data/models/llama2-7b-chat --task mmlu {PARAMS} --method"
+    beside = estimator.need(f"{command} semalign --source {LARGE}")
+    alone = estimator.need(f"{command} postpkt_random")
+    assert beside.flops - alone.flops == pytest.approx(6 * 13.0e9 * 1000 * 256, rel=0.02)
+    assert 4 * 13.0e9 < beside.memory < 1.5 * 4 * 13.0e9 and alone.memory < 1.5 * 4 * 6.7e9
+
+
 def test_a_derived_row_takes_what_its_code_makes(estimator: Estimator) -> None:
     full, low, grid, random = (
         estimator.need(f"pkt derive {PARAMS} --method {method} {options}").disk
