@@ -15,7 +15,7 @@ position is one that predicts a supervised token. The source's vectors are made 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from pkt_stages.models.distillation import check_vocabularies
 from pkt_stages.models.folding import Folded
 from pkt_stages.models.load import ModelRef, load_model, load_tokenizer
 from pkt_stages.models.losses import home, micro_batches
+from pkt_stages.models.sites import family
 from pkt_stages.progress import track
 
 OutputLoss = Literal["cross_entropy", "cosine"]
@@ -115,7 +116,7 @@ def layer_scores(model: Any, batches: Sequence[Sequence[Encoded]]) -> list[float
     for batch in track(batches, "importance of the source's layers"):
         ids, mask, labels = _tensors(model, batch)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        with ffn_outputs(model.model.layers) as outputs:
+        with ffn_outputs(model, range(model.config.num_hidden_layers)) as outputs:
             logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
         total = token_mean_loss(logits, labels.to(logits.device)).sum()
         gradients = torch.autograd.grad(total, outputs)
@@ -150,8 +151,8 @@ def _recomposed(
     found = []
     for batch in track(batches, "the source's states"):
         ids, mask, labels = _tensors(model, batch)
-        with ffn_outputs([model.model.layers[layer] for layer in layers]) as outputs:
-            model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        with ffn_outputs(model, layers) as outputs:
+            getattr(model, family(model.config).base)(input_ids=ids, attention_mask=mask, use_cache=False)
         for place, _ in enumerate(batch):
             at = (labels[place, 1:] != -100).nonzero()[:, 0].cpu()
             states = torch.stack([output[place].float().cpu()[at] for output in outputs], dim=1)
@@ -175,12 +176,15 @@ def _tensors(model: Any, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tens
 
 
 @contextmanager
-def ffn_outputs(layers: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """What the FFNs of these layers add to the stream in a forward pass, [example, token, d_model] each, by layer."""
+def ffn_outputs(model: Any, layers: Iterable[int]) -> Iterator[list[Tensor]]:
+    """What the FFNs of these layers add to the stream in a forward pass, [example, token, d_model] each, by layer.
+
+    Where a norm stands behind the FFN, what comes out of that; up to the family's multiplier, which is one number.
+    """
+    kind = family(model.config)
     kept: list[Tensor] = []
-    handles = [
-        layer.mlp.register_forward_hook(lambda _module, _inputs, output: kept.append(output)) for layer in layers
-    ]
+    modules = [model.get_submodule(kind.norm_behind("ffn", layer) or kind.block("ffn", layer)) for layer in layers]
+    handles = [m.register_forward_hook(lambda _module, _inputs, output: kept.append(output)) for m in modules]
     try:
         yield kept
     finally:
@@ -207,8 +211,8 @@ class SemanticTrainer(Trainer):
         supervision: Supervision,
     ) -> None:
         wanted = supervision.wanted
-        layers = model.get_base_model().model.layers
-        self._layers = [layers[layer] for _, layer in supervision.pairs]
+        self._target = model.get_base_model()
+        self._layers = [layer for _, layer in supervision.pairs]
         self._output_loss = output_loss
         self._wanted: Tensor | None = None  # of the batch that is being computed, as are the states
         self._states: list[Tensor] = []
@@ -229,7 +233,7 @@ class SemanticTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         """As Trainer's, which calls `_losses` and divides by the batch's tokens, however it is split."""
         self._wanted = inputs.pop("wanted", None)
-        with ffn_outputs(self._layers) as self._states:
+        with ffn_outputs(self._target, self._layers) as self._states:
             return super().compute_loss(model, inputs, *given, **named)
 
     def _losses(self, outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import set_seed
+from transformers import LlamaConfig, set_seed
 
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
@@ -35,7 +35,7 @@ def supervised(example: Encoded) -> list[int]:
 
 def states(model: Any, example: Encoded) -> list[Tensor]:
     """[token, d_model] FFN outputs of each layer, an example at a time."""
-    with torch.no_grad(), ffn_outputs(model.model.layers) as outputs:
+    with torch.no_grad(), ffn_outputs(model, range(model.config.num_hidden_layers)) as outputs:
         model(torch.tensor([example.ids]))
     return [output[0] for output in outputs]
 
@@ -176,7 +176,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_slow_loop(
     """The first step's loss and gradient norm, over a batch in two parts; every supervised token counts the same."""
     supervision = made(source_folder, gained, num_paired=4, layer_loss=layer_loss)
     layers = [layer for _, layer in supervision.pairs]
-    sizes = Lora(site_modules(layers), rank=2, alpha=4.0, dropout=0.0)
+    sizes = Lora(site_modules(LlamaConfig(), layers), rank=2, alpha=4.0, dropout=0.0)
 
     def start() -> Any:
         set_seed(0)
@@ -192,7 +192,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_slow_loop(
     model = start().double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for place, example in enumerate(EXAMPLES):
-        with ffn_outputs(model.get_base_model().model.layers) as outputs:
+        with ffn_outputs(model.get_base_model(), range(3)) as outputs:
             logits = model(torch.tensor([example.ids])).logits[0]
         for step, position in enumerate(supervised(example)):
             z, label = logits[position], example.ids[position + 1]
@@ -210,7 +210,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_slow_loop(
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0
-    assert not any(layer.mlp._forward_hooks for layer in trainer._layers)
+    assert not any(module._forward_hooks for module in trainer._target.modules())
 
 
 def test_a_token_that_the_head_has_no_direction_for(source_folder: Path, tmp_path: Path) -> None:
