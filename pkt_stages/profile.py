@@ -57,6 +57,7 @@ GROUPS: dict[str, Group] = {
     "finetune": Group("finetune", "PostPKT", sources=""),
     "finetune_seeking": Group("finetune", "PostPKT", sources="seek_source", union="sought"),
     "finetune_answers": Group("finetune", "Distillation", sources="teacher", union="taught", before="generate"),
+    "finetune_states": Group("finetune", "Distillation", sources="teacher", union="taught"),
     "distill": Group("distill", "Distillation", sources="teacher", union="taught"),
     "imported": Group("import", "Imported", sources="", by_task=False),
     "control": Group("derive", "Controls", union="aligned", runs_code=True),

@@ -106,8 +106,8 @@ def test_every_profile_reads(path: Path) -> None:
         (
             {"made_by": {"alining": {"laten": {}}}},
             "made_by.alining: no such group (did you mean 'align'?); expected any of oracle, transport, labelled,"
-            " align, unaligned, grid, finetune, finetune_seeking, finetune_answers, distill, imported, control, transport_control,"
-            " filter, filter_control",
+            " align, unaligned, grid, finetune, finetune_seeking, finetune_answers, finetune_states, distill, imported,"
+            " control, transport_control, filter, filter_control",
         ),
         ({"made_by": {"align": {"laten": 3}}}, "section 'made_by.align.laten': expected a mapping, found int"),
         ({"source": []}, "source: expected a list with at least one name, found []"),
@@ -131,12 +131,12 @@ def test_every_profile_reads(path: Path) -> None:
         (
             {"analysed": NOTHING | {"methods": ["postpkt_random"]}},
             "analysed.methods: postpkt_random is made by finetune, not align, unaligned, finetune_seeking,"
-            " finetune_answers, distill, control",
+            " finetune_answers, finetune_states, distill, control",
         ),
         (
             {"analysed": NOTHING | {"methods": ["matched"]}},
             "analysed.methods: matched is made by transport, not align, unaligned, finetune_seeking, finetune_answers,"
-            " distill, control",
+            " finetune_states, distill, control",
         ),
         (
             {"analysed": NOTHING | {"source": ["sourse"]}},

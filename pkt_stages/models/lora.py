@@ -6,7 +6,7 @@ Each leaves the model's output as it was, which `started` checks. `pissa` and `s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,11 @@ class Lora:
     dropout: float
 
 
-def site_modules(config: Any) -> tuple[str, ...]:
-    """The modules of the four sites in every layer; one that holds other weights as well is adapted whole."""
+def site_modules(config: Any, layers: Iterable[int] | None = None) -> tuple[str, ...]:
+    """The modules of the four sites in these layers, or all; one that holds other weights as well is adapted whole."""
     kind = family(config)
-    return tuple(kind.module(site, layer) for layer in range(config.num_hidden_layers) for site in SITES)
+    numbers = range(config.num_hidden_layers) if layers is None else layers
+    return tuple(kind.module(site, layer) for layer in numbers for site in SITES)
 
 
 @dataclass(frozen=True)

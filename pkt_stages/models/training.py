@@ -42,7 +42,7 @@ class Job(Generic[Params]):
         source: the identity of the source that takes part; None if there is none.
         examples: encoded for the target.
         files: others that the result depends on.
-        date: what the template was told today is, if it asked (`templates.dated`).
+        facts: what else its files say of it: the date that the template was told (`templates.dated`), the layers.
     """
 
     command: str
@@ -52,7 +52,7 @@ class Job(Generic[Params]):
     source: Mapping[str, Any] | None
     examples: Sequence[Encoded]
     files: Sequence[Path] = ()
-    date: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,19 @@ def _fingerprint(job: Job[TrainingParams], place: Place) -> str:
 
 
 def publish(
-    job: Job[TrainingParams], trained: Mapping[int, Trained], out: Path, metrics: Path, *, on_answers: bool = True
+    job: Job[TrainingParams],
+    trained: Mapping[int, Trained],
+    out: Path,
+    metrics: Path,
+    *,
+    on_answers: bool = True,
+    unit: str = "nats",
 ) -> str:
     """Write the adapters as `seed_<n>`, and losses and counts; what to tell of them.
 
     Args:
         on_answers: it is the examples' own answers that are learned, so their tokens are counted.
+        unit: of the loss of a supervised token.
     """
     meta = {
         "command": job.command,
@@ -151,11 +158,11 @@ def publish(
         "target": job.target,
         "source": job.source,
         "params": asdict(job.params),
-        **job.date,
+        **job.facts,
     }
     adapters = {f"seed_{seed}": result.adapter for seed, result in trained.items()}
     write_changes(out, adapters, meta, {f"seed_{seed}": {"seed": seed} for seed in trained})
-    found = {**meta, **summary(trained), **counts(job.examples, job.params)}
+    found = {**meta, **summary(trained, unit), **counts(job.examples, job.params)}
     if not on_answers:
         del found["num_supervised_tokens"]
     write_json(metrics, found)
@@ -164,7 +171,7 @@ def publish(
     return f"{name}{len(trained)} seeds, loss by epoch {first:.4f} -> {last:.4f}"
 
 
-def summary(trained: Mapping[int, Trained]) -> dict[str, Any]:
+def summary(trained: Mapping[int, Trained], unit: str) -> dict[str, Any]:
     """What the metrics say about the seeds: each one's record with its losses by step, and means over the seeds.
 
     `curve`, the mean loss by step, is a list of records because that is what `dvc plots` draws.
@@ -181,5 +188,5 @@ def summary(trained: Mapping[int, Trained]) -> dict[str, Any]:
         "curve": [{"step": number, "loss": sum(step) / len(step)} for number, step in enumerate(steps, start=1)],
         "first_epoch_loss": sum(loss[0] for loss in losses) / len(losses),
         "last_epoch_loss": sum(loss[-1] for loss in losses) / len(losses),
-        "units": {"loss": "nats per supervised token"},
+        "units": {"loss": f"{unit} per supervised token"},
     }

@@ -307,7 +307,18 @@ class Estimator:
         )
 
     def _finetune(self, options: Mapping[str, str]) -> Need:
-        return self._training(options, self._settings(options, "finetune", FinetuneParams), source=0, written=False)
+        settings = self._settings(options, "finetune", FinetuneParams)
+        need = self._training(options, settings, source=0, written=False)
+        if settings.num_paired is None:
+            return need
+        # Before the training and without the target: what each of the source's layers is worth, and its states.
+        sizes, size = self._model(options["--source"])
+        width = WIDTHS[settings.dtype]
+        return replace(
+            need,
+            flops=need.flops + 6 * size * self._examples(options, settings) * self._tokens,
+            memory=max(need.memory, size * width + 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * width),
+        )
 
     def _distill(self, options: Mapping[str, str]) -> Need:
         settings = self._settings(options, "distill", DistillParams)
@@ -323,8 +334,7 @@ class Estimator:
             written: the target writes its own answers.
         """
         sizes, size = self._model(options["--target"])
-        examples = settings.num_examples or self._prepared(options).count(settings.train_set)
-        tokens = examples * self._tokens * settings.epochs * len(settings.seeds)
+        tokens = self._examples(options, settings) * self._tokens * settings.epochs * len(settings.seeds)
         width = WIDTHS[settings.dtype]
         return Need(
             flops=(4 * size + 2 * source) * tokens,
@@ -333,6 +343,9 @@ class Estimator:
             memory=(size + source) * width + 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * width,
             disk=self._adapter(sizes, settings.rank) * len(settings.seeds),
         )
+
+    def _examples(self, options: Mapping[str, str], settings: FinetuneParams | DistillParams) -> int:
+        return settings.num_examples or self._prepared(options).count(settings.train_set)
 
     def _generate(self, options: Mapping[str, str]) -> Need:
         _, size = self._model(options["--source"])

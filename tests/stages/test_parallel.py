@@ -51,6 +51,11 @@ def commands(source: Path, target: Path, tmp_path: Path, out: Path) -> list[list
             *("finetune", "--method", "m", "--target", target, "--train", examples, "--num-examples", 4, *lora),
             *("--out", out / "f", "--metrics", out / "f.json", "--scratch", scratch, "--micro-batch-size", 1),
         ),
+        (
+            *("finetune", "--method", "s", "--target", target, "--source", source, "--train", examples, *lora),
+            *("--num-examples", 4, "--num-paired", 1, "--output-loss", "cosine", "--layer-loss", "source"),
+            *("--out", out / "p", "--metrics", out / "p.json", "--scratch", scratch, "--micro-batch-size", 1),
+        ),
     ]
     return [[str(word) for word in command] for command in given]
 
@@ -83,12 +88,14 @@ def test_two_processes_equal_one(pkt: Run, source_folder: Path, target_folder: P
     for site, expected in maps[0].items():
         torch.testing.assert_close(maps[1][site], expected, rtol=1e-6, atol=0)
 
-    losses = [json.loads((folder / "f.json").read_text())["seeds"]["0"]["loss_by_step"] for folder in (one, two)]
-    assert len(losses[0]) == 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    adapters = [load_file(folder / "f" / "seed_0" / "adapter_model.safetensors") for folder in (one, two)]
-    for name, expected in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], expected, rtol=1e-4, atol=1e-6)
+    for trained in ("f", "p"):
+        told = [json.loads((folder / f"{trained}.json").read_text()) for folder in (one, two)]
+        losses = [found["seeds"]["0"]["loss_by_step"] for found in told]
+        assert len(losses[0]) == 2
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        adapters = [load_file(folder / trained / "seed_0" / "adapter_model.safetensors") for folder in (one, two)]
+        for name, expected in adapters[0].items():
+            torch.testing.assert_close(adapters[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_other_commands_run_in_one_process(pkt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +114,8 @@ def test_attribution_goes_on_after_a_kill(
     from pkt_stages.core import attribution
     from pkt_stages.models import capture
 
-    whole, _, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
-    killed, _, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
+    whole, *_ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
+    killed, *_ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
     assert pkt(*whole)[0] == 0
     calls = {"capture_all": 0, "neuron_scores": 0}
     limits = {"capture_all": 2, "neuron_scores": 10**9}

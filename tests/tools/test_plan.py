@@ -188,6 +188,16 @@ def test_gradients_of_13b_and_7b(estimator: Estimator) -> None:
     assert need.flops == pytest.approx(2 * tokens * (4 * 2 * (13.0e9 + 6.74e9) + 32 * pair), rel=0.01)
 
 
+def test_a_source_beside_a_training_comes_before_it(estimator: Estimator) -> None:
+    """Its layers' importance (a pass and its way back) and states (a pass), in float32; never beside the target."""
+    command = f"pkt finetune --target data/models/llama2-7b-chat --task mmlu {PARAMS} --method"
+    beside = estimator.need(f"{command} semalign --source {LARGE}")
+    alone = estimator.need(f"{command} postpkt_random")
+    assert beside.flops - alone.flops == pytest.approx(6 * 13.0e9 * 1000 * 256, rel=0.02)
+    assert beside.memory == pytest.approx(4 * 13.0e9 + 4 * 256 * 40 * 34 * 5120 * 4, rel=0.02)
+    assert alone.memory < beside.memory
+
+
 def test_a_derived_row_takes_what_its_code_makes(estimator: Estimator) -> None:
     full, low, grid, random = (
         estimator.need(f"pkt derive {PARAMS} --method {method} {options}").disk
