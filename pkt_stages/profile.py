@@ -364,7 +364,9 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
     ways = mapping(profile.content, profile.path, "selected")
     selected = [lists.names(how, of=ways, within="selected.") for how in SELECTED]
     why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
-    same("selected", sorted(name for names in selected for name in names), sorted(profile.sources["source"]), why)
+    have = sorted(name for names in selected for name in names)
+    aligned = bool(profile.in_group("align"))  # else nothing needs a selection, and what it takes may be spared
+    same("selected", have, [name for name in sorted(profile.sources["source"]) if aligned or name in have], why)
     if twice := set(selected[0]) & set(selected[1]):
         lists.note(f"selected: {min(twice)!r} stands twice; {why}")
     wanted = profile.sources["transport_source"] if profile.in_group("labelled") else []

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from pkt_stages.errors import UserError
-from tiny.settings import SEED
+from tiny.settings import MODELS, SEED, STUDIES
 
 app = typer.Typer(add_completion=False)
 
 
 class Part(StrEnum):
-    """What `--only` can name, in the order of a whole build."""
+    """What `--only` can name: the parts of a whole build in their order, then the models of the studies."""
 
     DATA = "data"
     TOKENIZER = "tokenizer"
@@ -24,6 +24,8 @@ class Part(StrEnum):
     SIBLING = "sibling"
     TRAINED_APART = "trained-apart"
     SCORES = "scores"
+    SIZES = "sizes"
+    EXPERTS = "experts"
 
 
 @app.command()
@@ -39,7 +41,7 @@ def build(
 
     corpus = Corpus(seed)
     try:
-        for part in Part if only is None else (only,):
+        for part in [part for part in Part if part not in STUDIES] if only is None else (only,):
             if part is Part.DATA:
                 steps.build_data(out, corpus)
             elif part is Part.TOKENIZER:
@@ -47,7 +49,8 @@ def build(
             elif part is Part.SCORES:
                 steps.build_scores(out, corpus)
             else:
-                steps.build_model(out, scratch, corpus, part.value)
+                for settings in STUDIES.get(part) or (MODELS[part],):
+                    steps.build_model(out, scratch, corpus, settings)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,12 +20,21 @@ from tiny.settings import MODELS, ModelSettings
 from tiny.tokenizer import save_tokenizer, train_tokenizer
 from tiny.training import Trainer
 
-MODEL_FOLDERS = tuple(
-    f"{name}-{phase}"
-    for name, settings in MODELS.items()
-    for phase in ("base", "early", "chat")
-    if (phase != "base" or not settings.starts_from) and (phase != "early" or settings.early_steps)
-)
+TOKENIZER_OF = "target-chat"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def model_folders(models: Iterable[ModelSettings]) -> tuple[str, ...]:
+    """The folders that building these models writes."""
+    return tuple(
+        f"{settings.name}-{phase}"
+        for settings in models
+        for phase in ("base", "early", "chat")
+        if (phase != "base" or settings.base_steps > settings.first_step) and (phase != "early" or settings.early_steps)
+    )
+
+
+MODEL_FOLDERS = model_folders(MODELS.values())  # those that are shipped
 
 
 def build_data(out: Path, corpus: Corpus) -> None:
@@ -40,18 +51,18 @@ def build_tokenizer(out: Path, corpus: Corpus) -> None:
     Console().print(f"tokenizer: {len(tokenizer)} entries -> {len(MODEL_FOLDERS)} model folders in {out}")
 
 
-def build_model(out: Path, scratch: Path, corpus: Corpus, name: str) -> None:
+def build_model(out: Path, scratch: Path, corpus: Corpus, settings: ModelSettings) -> None:
     """Train one model on one thread, from its checkpoint in `scratch` if there is one; write base, chat and log.
 
     Raises:
-        UserError: if the tokenizer, or the base model that it starts from, has not been built.
+        UserError: if the tokenizer, or the model that it starts from, has not been built.
     """
-    settings = MODELS[name]
-    tokenizer = _read_tokenizer(out / f"{name}-chat")
+    name = settings.name
+    tokenizer = _read_tokenizer(out / TOKENIZER_OF)
     torch.set_num_threads(1)  # one thread's order of summation: the same bytes on any number of cores
-    base = _read_base(out / f"{settings.starts_from}-base") if settings.starts_from else None
-    trainer = Trainer(settings, corpus, tokenizer, scratch / f"{name}-{corpus.seed}.pt", base)
-    if base is None:
+    start = _read_model(out / settings.starts_from) if settings.starts_from else None
+    trainer = Trainer(settings, corpus, tokenizer, scratch / f"{name}-{corpus.seed}.pt", start)
+    if settings.base_steps > settings.first_step:
         _train(trainer, settings, "base", settings.base_steps, out)
     if settings.early_steps:
         _train(trainer, settings, "early", settings.early_steps, out)
@@ -87,6 +98,9 @@ def _train(trainer: Trainer, settings: ModelSettings, phase: str, until: int, ou
         task = progress.add_task(f"{settings.name} {phase}", total=until, completed=trainer.step)
         trainer.run(until, lambda: progress.advance(task))
     trainer.model.save_pretrained(str(folder))
+    if folder.name not in MODEL_FOLDERS:  # those have theirs from `build_tokenizer`
+        for file in TOKENIZER_FILES:
+            shutil.copyfile(out / TOKENIZER_OF / file, folder / file)
     Console().print(f"{settings.name} {phase}: {trainer.tokens:,} tokens in {trainer.step} steps -> {folder}")
 
 
@@ -98,8 +112,9 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _read_base(folder: Path) -> LlamaForCausalLM:
+def _read_model(folder: Path) -> LlamaForCausalLM:
     if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder}: no model there; build it first: python -m tiny --only {folder.name[:-5]}")
+        name = folder.name.rpartition("-")[0]
+        raise UserError(f"{folder}: no model there; build it first: python -m tiny --only {name}")
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(str(folder))
     return model

@@ -45,9 +45,9 @@ class ModelSettings:
 
     Raw text in the mixture `raw` makes the base model in `base_steps` steps; the chat format, with shares of the
     families in `chat_families`, goes on from it to `total_steps`. The learning rate warms up, holds to step
-    `hold_steps`, and falls linearly to zero at the last step. With `starts_from` another model's base takes the place
-    of its own, and at `early_steps` the unfinished chat model is written as well. The documents depend on the name;
-    models of equal `initial_weights` and sizes begin alike.
+    `hold_steps`, and falls linearly to zero at the last step. `starts_from`, a finished model's folder, takes the place
+    of initial weights, at step `first_step`; at `early_steps` the unfinished chat model is written as well. The
+    documents depend on the name; models of equal `initial_weights` and sizes begin alike.
     """
 
     name: str
@@ -61,6 +61,7 @@ class ModelSettings:
     hold_steps: int
     chat_families: dict[str, float]
     starts_from: str | None = None
+    first_step: int = 0
     early_steps: int | None = None
     initial_weights: int = 0
     documents_per_step: int = 64
@@ -100,5 +101,55 @@ MODELS = {
 }
 # The same architecture and budget twice more, for the ladder's rungs: another chat training of the target's base, and
 # another base with its own.
-MODELS["sibling"] = replace(MODELS["target"], name="sibling", starts_from="target", early_steps=550)
+MODELS["sibling"] = replace(
+    MODELS["target"], name="sibling", starts_from="target-base", first_step=450, early_steps=550
+)
 MODELS["trained-apart"] = replace(MODELS["target"], name="trained-apart", initial_weights=1)
+
+
+def _sized(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> ModelSettings:
+    """The target's recipe in another size, from other initial weights; its own size is `trained-apart`."""
+    return replace(
+        MODELS["trained-apart"],
+        name=f"trained-apart-{num_layers}x{d_model}",
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
+    )
+
+
+def _drifted(steps: int) -> ModelSettings:
+    """The target's base read raw text for some steps more, then had a chat training as long as the target's own."""
+    return replace(
+        MODELS["target"],
+        name=f"drifted-{steps}",
+        starts_from="target-base",
+        base_steps=steps,
+        hold_steps=steps + 100,
+        total_steps=steps + 550,
+    )
+
+
+def _expert(general: str, task: str) -> ModelSettings:
+    """A chat model goes on with one task alone, at half the learning rate."""
+    alone = {name: float(name == task) for name in TASKS}
+    return replace(
+        MODELS[general],
+        name=f"{general}-{task}",
+        starts_from=f"{general}-chat",
+        raw=RawMix(alone),
+        chat_families=alone,
+        base_steps=0,
+        hold_steps=100,
+        total_steps=200,
+        muon_lr=0.01,
+        adam_lr=0.0015,
+    )
+
+
+# Sources for the paper's open questions (docs/open-questions.md): built on request, not shipped.
+STUDIES = {
+    "sizes": (_sized(2, 96, 3, 256), _sized(4, 96, 3, 256), _sized(4, 128, 4, 344), _drifted(30), _drifted(150)),
+    "experts": tuple(_expert(general, task) for general in ("source", "target") for task in ("gsm8k", "mbpp")),
+}

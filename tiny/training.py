@@ -52,14 +52,14 @@ class Trainer:
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerFast,
         checkpoint: Path,
-        base: LlamaForCausalLM | None = None,
+        start: LlamaForCausalLM | None = None,
     ) -> None:
         """
         Args:
-            base: in place of an own base model; training begins with the chat format.
+            start: in place of initial weights.
         """
         self.settings, self.corpus, self.tokenizer, self.checkpoint = settings, corpus, tokenizer, checkpoint
-        self.model = base or new_model(settings, tokenizer, corpus.seed + settings.initial_weights)
+        self.model = start or new_model(settings, tokenizer, corpus.seed + settings.initial_weights)
         matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
         inside = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in inside]
@@ -67,7 +67,7 @@ class Trainer:
             Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.step = settings.base_steps if base else 0
+        self.step = settings.first_step
         self.tokens = 0
         self.log: list[dict[str, Any]] = []
         self._loss_sum = 0.0

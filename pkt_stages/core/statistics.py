@@ -267,6 +267,54 @@ def recovered(
     return Recovery(share, variance**0.5 / abs(float(gap.mean())))
 
 
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation, in -1 .. 1.
+
+    Attributes:
+        low, high: 95 % percentile interval of the bootstrap over pairs of values.
+        p_value: two-sided, of the permutation test.
+    """
+
+    rho: float
+    low: float
+    high: float
+    p_value: float
+
+
+def rank_correlation(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], generator: Generator, num_resamples: int = 10_000
+) -> RankCorrelation | None:
+    """Spearman's rank correlation (Pearson's of average ranks) with its uncertainty; None if either side is constant.
+
+    Resamples in which a side is constant have none and are left out of the interval.
+
+    Raises:
+        ValueError: fewer than 3 pairs, or sides of different length.
+    """
+    n = len(first)
+    if n < 3 or len(second) != n:
+        raise ValueError(f"{n} and {len(second)} values; a rank correlation needs 3 pairs")
+    rho = float(_spearman(first[None], second[None])[0])
+    if rho != rho:
+        return None
+    drawn = torch.randint(n, (num_resamples, n), generator=generator)
+    found = _spearman(first[drawn], second[drawn])
+    low, high = found[found.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mixed = torch.rand(num_resamples, n, generator=generator).argsort(1)
+    as_far = int((_spearman(first.expand(num_resamples, n), second[mixed]).abs() >= abs(rho) - _TIE).sum())
+    return RankCorrelation(rho, low, high, (1 + as_far) / (1 + num_resamples))
+
+
+def _spearman(first: Float[Tensor, "m n"], second: Float[Tensor, "m n"]) -> Float[Tensor, " m"]:
+    """Row by row; NaN where a side is constant."""
+    from scipy.stats import rankdata
+
+    ranks = [torch.from_numpy(rankdata(side.numpy(), axis=1)).double() for side in (first, second)]
+    a, b = (side - side.mean(1, keepdim=True) for side in ranks)
+    return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+
+
 def holm(p_values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
     """Holm's (1979) adjusted p-values of a family of tests: below a level where the family-wise error keeps it.
 

@@ -183,6 +183,34 @@ def correlation(
     return centred(cross, *sums, count) * scales[0][:, None] * scales[1]
 
 
+def procrustes_residual(
+    cross: Float[Tensor, "d_s d_t"],
+    sums: tuple[Float[Tensor, " d_s"], Float[Tensor, " d_t"]],
+    squares: tuple[Float[Tensor, " d_s"], Float[Tensor, " d_t"]],
+    count: int,
+) -> float:
+    """What the best rotation leaves of the distance between two sets of activations, 0 (equal) .. 1 (unrelated).
+
+    ||s A T - B|| / ||B|| for centred A [token, d_s] and B [token, d_t], the narrower padded with zeros, with the
+    orthogonal T and the scale s that make it least: sqrt(1 - (||A^T B||_* / (||A|| ||B||))^2), the nuclear norm being
+    the sum of singular values (Schönemann 1966; as a distance of networks Ding et al. 2021).
+
+    Args:
+        as of `correlation`.
+
+    Raises:
+        ValueError: one side does not vary.
+    """
+    norms = [
+        float(square.double().sum() - total.double().square().sum() / count)
+        for total, square in zip(sums, squares, strict=True)
+    ]
+    if not min(norms) > 0:
+        raise ValueError("activations that do not vary have no Procrustes residual")
+    alike = float(torch.linalg.svdvals(centred(cross, *sums, count)).sum()) / (norms[0] * norms[1]) ** 0.5
+    return max(0.0, 1 - alike**2) ** 0.5
+
+
 def assignment(similarity: Float[Tensor, "n_s n_t"]) -> Tensor:
     """By target unit the source unit of the one-to-one pairing with the largest sum; -1 for targets left over."""
     from scipy.optimize import linear_sum_assignment

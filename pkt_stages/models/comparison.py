@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pkt_stages import artifacts
@@ -15,7 +17,7 @@ from pkt_stages.errors import UserError, shown
 from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, Changes, Stored
 from pkt_stages.models.load import ModelRef, load_config
-from pkt_stages.models.ranges import Ranges, of_change, of_models, ranges
+from pkt_stages.models.ranges import Parts, Ranges, of_change, of_models, ranges
 from pkt_stages.models.rows import Checkpoint
 from pkt_stages.models.similarity import similarities
 from pkt_stages.models.sites import check_whole_matrices
@@ -32,11 +34,13 @@ class Comparison:
         cka: by site, [first layer, second layer].
         ranges: of what the second has more than the first; None for models of different weights.
         similarity: of an adapter, `{site}.{moment}.{against}`; None for anything else.
+        deltas: of what the two models have more than a base of theirs, as `alike`; None without a base.
     """
 
     cka: Mapping[str, Tensor]
     ranges: Ranges | None
     similarity: Mapping[str, Tensor] | None
+    deltas: Mapping[str, Mapping[str, float | None]] | None
 
     def write(self, out: Path, meta: Mapping[str, Any]) -> None:
         """Write a folder with an artifact of each; it appears whole or not at all."""
@@ -52,11 +56,12 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """As JSON values."""
-        alike = self.similarity
+        found = self.similarity
         return {
             "cka": {site: similarity.tolist() for site, similarity in self.cka.items()},
             "ranges": self.ranges.facts() if self.ranges is not None else None,
-            "similarity": {name: values.tolist() for name, values in alike.items()} if alike is not None else None,
+            "similarity": {name: values.tolist() for name, values in found.items()} if found is not None else None,
+            "deltas": self.deltas,
         }
 
     def summary(self) -> str:
@@ -66,6 +71,9 @@ class Comparison:
             return f"{said}; no ranges, for their weights are of different shapes"
         whole = self.ranges.overall()
         said += f"; delta {whole['min']:+.4f} .. {whole['max']:+.4f}"
+        if self.deltas is not None and (whole_cosine := self.deltas["all"]["cosine"]) is not None:
+            length = self.deltas["all"]["relative_norm"]
+            said += f"; from the base the second's is {length:.3f} times as long, cosine {whole_cosine:.3f}"
         for name, values in (self.similarity or {}).items():
             if name.startswith("ffn_up.trained."):
                 said += f", cosine with {name.removeprefix('ffn_up.trained.')} {fmean(values[:, 0].tolist()):+.3f}"
@@ -113,6 +121,46 @@ def ranges_of(refs: Sequence[ModelRef], change: Change | None) -> Ranges | None:
     """Of the change, or without one of what the second model has more than the first."""
     parts = of_change(change, load_config(refs[1])) if change is not None else of_models(*refs)
     return ranges(parts) if parts is not None else None
+
+
+def changes_from(base: ModelRef, refs: Sequence[ModelRef]) -> list[Parts]:
+    """What each model has more than the base that it went on from, not read yet.
+
+    Raises:
+        UserError: one is of another size, or as `of_models`.
+    """
+    found = []
+    for ref in refs:
+        parts = of_models(base, ref)
+        if parts is None:
+            raise UserError(f"{ref.location}: of another size than --base {base.location}; give what it went on from")
+        found.append(parts)
+    return found
+
+
+def alike(first: Parts, second: Parts) -> dict[str, dict[str, float | None]]:
+    """How alike two changes of one model are, streamed from disk.
+
+    Returns:
+        by layer (`layer_0`), weight outside the layers, and `all`: `relative_norm`, the second's over the first's, and
+        `cosine` of the two; None where one does not change anything.
+    """
+    sums: dict[str, Tensor] = {}
+    for (name, a), (_, b) in zip(first, second, strict=True):
+        a, b = a.double(), b.double()
+        products = torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        for part in (f"layer_{layer[1]}" if layer else name, "all"):
+            sums[part] = sums.get(part, 0) + products
+    told: dict[str, dict[str, float | None]] = {}
+    for part, found in sums.items():
+        product, own, other = found.tolist()
+        changed = own > 0 and other > 0
+        told[part] = {
+            "relative_norm": (other / own) ** 0.5 if changed else None,
+            "cosine": product / (own * other) ** 0.5 if changed else None,
+        }
+    return told
 
 
 def similarity_of(ref: ModelRef, change: Change | None, start: Start | None) -> dict[str, Tensor] | None:

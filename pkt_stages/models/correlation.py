@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pkt_stages import artifacts
 from pkt_stages.core.similarity import CkaSums, centred_gram
+from pkt_stages.core.transport import correlation, procrustes_residual
 from pkt_stages.errors import UserError
 from pkt_stages.models.batches import Batch, padded, padding_mask
 from pkt_stages.models.load import is_same
@@ -296,3 +298,37 @@ class PairSums:
     def grams(self, name: str) -> tuple[Tensor, Tensor]:
         """Either side's own sums of products, if they were kept (`Correlation.has_grams`)."""
         return self._grams[f"{name}.source"].double(), self._grams[f"{name}.target"].double()
+
+
+def diagnostics(found: Correlation, gains: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """How alike two models are, from sums alone: before anything is carried over.
+
+    Args:
+        gains: of either side's norm in front of the head, which the states that it made are freed of.
+
+    Returns:
+        cka: of what paired layers add to the residual stream, mean over pairs. procrustes: `procrustes_residual` of the
+        states in front of the head. neurons: of a target's FFN neuron the highest correlation with one of the paired
+        layer of the source, mean over neurons and pairs.
+
+    Raises:
+        UserError: states that do not vary.
+    """
+    final = found.of(None)
+    cross = final.cross(FINAL) / torch.outer(*gains)
+    sums, squares = final.sums(FINAL), final.squares(FINAL)
+    try:
+        residual = procrustes_residual(
+            cross,
+            (sums[0] / gains[0], sums[1] / gains[1]),
+            (squares[0] / gains[0] ** 2, squares[1] / gains[1] ** 2),
+            found.count,
+        )
+    except ValueError as error:
+        raise UserError(f"{found.path}: {error}; use other texts") from None
+    best = [
+        float(correlation(s.cross("neurons"), s.sums("neurons"), s.squares("neurons"), s.count).amax(0).mean())
+        for s in map(found.of, found.pairs)
+    ]
+    alike = [found.meta["similarity"][s][t] for s, t in found.pairs]
+    return {"cka": fmean(alike), "procrustes": residual, "neurons": fmean(best)}

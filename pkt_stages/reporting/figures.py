@@ -165,6 +165,41 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> Imag
     return image
 
 
+def against(panels: Mapping[str, Mapping[str, tuple[bool, Sequence[tuple[float, float, float]]]]]) -> Image:
+    """Recovered gap against a number known beforehand, a panel for each and a marker per source.
+
+    Args:
+        panels: by the number's name and the row's label, whether it is a control, and (number, share, standard error).
+    """
+    with _drawn((2.9 * len(panels) + 0.6, 3.6), 1, len(panels)) as (axes, image):
+        for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+            axis.axhline(0, color="black", linewidth=1)
+            axis.grid(color="#dddddd", linewidth=0.6)
+            axis.set_axisbelow(True)
+            looks = zip(cycle("os^vDPX*<>hd"), cycle((BLUE, GREEN, PURPLE, SKY, YELLOW, "black")), strict=True)
+            for (label, (is_control, points)), (marker, colour) in zip(rows.items(), looks, strict=False):
+                numbers, shares, errors = zip(*points, strict=True)
+                axis.errorbar(
+                    numbers,
+                    [max(share, LOWEST) for share in shares],
+                    [2 * error for error in errors],
+                    fmt=marker,
+                    color=ORANGE if is_control else colour,
+                    markerfacecolor="white" if is_control else colour,
+                    markersize=5,
+                    elinewidth=1,
+                    label=label,
+                )
+            axis.set_ylim(LOWEST - 0.02, 1.2)
+            axis.set_xlabel(name, fontsize=9)
+        for axis in axes[1:]:
+            axis.set_yticklabels([])
+        axes[0].set_ylabel("recovered gap", fontsize=9)
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)
+    return image
+
+
 def losses(title: str, values: Sequence[float], chosen: int) -> Image:
     """Held-out loss against alignment step; `values[0]` is the untouched target's."""
     with _drawn((5.0, 3.2), 1, 1) as ((axis,), image):

@@ -82,6 +82,9 @@ def compare(
     second: Annotated[str | None, typer.Option(help="The second model (default, with --delta: the first).")] = None,
     delta: Annotated[Path | None, typer.Option(help="Row, adapter or delta to put into the second.")] = None,
     which: Annotated[str, typer.Option("--run", help="Which change of a row, by label or number from 0.")] = "0",
+    base: Annotated[
+        str | None, typer.Option(help="Model that both went on from: are the two changes alike, layer by layer?")
+    ] = None,
     submatrices: Annotated[Path | None, typer.Option(help="From `pkt seek`, for an adapter of init seeking.")] = None,
     any_base: AnyBase = False,
     device: Device = "cpu",
@@ -94,15 +97,19 @@ def compare(
     from pkt_stages.models import load
     from pkt_stages.models.batches import Batch
     from pkt_stages.models.changes import changes_of
-    from pkt_stages.models.comparison import MARK, Comparison, ranges_of, similarity_of, start_of
+    from pkt_stages.models.comparison import MARK, Comparison, alike, changes_from, ranges_of, similarity_of, start_of
     from pkt_stages.models.texts import encode_texts, paired_texts, read_texts
 
     watch = Stopwatch()
     artifacts.check_replaceable(out, MARK)
     if delta is None and (second is None or submatrices is not None):
         raise UserError("--submatrices goes with --delta" if second is not None else "give --second, --delta, or both")
+    if base is not None and (second is None or delta is not None):
+        raise UserError("--base goes with --second, and without --delta: it asks about two models")
     refs = [load.resolve(first), load.resolve(second or first)]
     models = {ref: load.identity(ref) for ref in refs}
+    origin = load.resolve(base) if base is not None else None
+    changes = changes_from(origin, refs) if origin is not None else None
     row = stored = change = start = None
     if delta is not None:
         row = changes_of(delta, models[refs[1]], any_base=any_base)
@@ -118,10 +125,12 @@ def compare(
         maps = run(refs, encoded, change, params, device=device, micro_batch_size=micro_batch_size, group=group)
         if not group.is_first:
             return
-    found = Comparison(maps, ranges_of(refs, change), similarity_of(refs[1], change, start))
+    deltas = alike(*changes) if changes is not None else None
+    found = Comparison(maps, ranges_of(refs, change), similarity_of(refs[1], change, start), deltas)
     meta = {
         "first": models[refs[0]],
         "second": models[refs[1]],
+        "base": load.identity(origin) if origin is not None else None,
         "run": stored.label if stored is not None else None,
         "made": row.made() if row is not None else None,
         "params": asdict(params),

@@ -1,8 +1,8 @@
 """What do the source's and the target's base models compute on the same texts? The ground of every transport.
 
 Two models + texts -> a folder: which layers belong together, and for each pair the sums of products of activations,
-from which maps between the two are made (METHODS 11). Samples are tokens; of two tokenizers those that end at the same
-character. No example's answer is used.
+from which maps between the two are made (METHODS 11); and how alike the two are, a few numbers. Samples are tokens; of
+two tokenizers those that end at the same character. No example's answer is used.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def correlate(
     target: Target,
     texts: Annotated[Path, typer.Option(help="Texts (.jsonl) from `pkt texts`.")],
     out: Annotated[Path, typer.Option(help="Folder for the sums.")],
+    metrics: Annotated[Path | None, typer.Option(help="Where to write how alike they are (JSON).")] = None,
     attribution: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Attributions of the source and of the target, for layer_pairs: selected."),
@@ -141,8 +142,8 @@ def correlate(
     device: Device = "cpu",
 ) -> None:
     """Sum up what two models compute on the same texts, layer pair by layer pair: the ground of every transport."""
-    from pkt_stages.models.correlation import LIST, write_pair
-    from pkt_stages.models.folding import check_foldable
+    from pkt_stages.models.correlation import LIST, Correlation, diagnostics, write_pair
+    from pkt_stages.models.folding import Folded, check_foldable
     from pkt_stages.models.load import identity, load_config, load_model, resolve
     from pkt_stages.models.texts import paired_minibatches
 
@@ -179,5 +180,12 @@ def correlate(
         for pair, sums in run(models, batches, pairs, pairs_at_once, grams=params.grams):
             write_pair(folder, pair, sums, params.stored, {**meta, "pair": pair})
         artifacts.write_json(folder / LIST, meta)
-    shown = ", ".join(f"{s}-{t}" for s, t in pairs)
-    watch.summary("correlate", f"{said}, layers {shown}", out)
+    said += f", layers {', '.join(f'{s}-{t}' for s, t in pairs)}"
+    if metrics is not None:
+        source_gain, target_gain = (Folded(ref).gain("head", 0) for ref in refs)
+        alike = diagnostics(Correlation(out), (source_gain, target_gain))
+        parameters = [sum(weight.numel() for weight in model.parameters()) for model in models]
+        alike = {"size_ratio": parameters[0] / parameters[1], **alike}
+        artifacts.write_json(metrics, {"diagnostics": alike, **meta})
+        said += "; " + ", ".join(f"{name} {value:.3f}" for name, value in alike.items())
+    watch.summary("correlate", said, out)

@@ -51,9 +51,10 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
     Raises:
         UserError: metrics that are missing, or that are not listed; neither in a partial look.
     """
-    from pkt_stages.reporting import analysis, paper, scores, summary, table
+    from pkt_stages.reporting import analysis, diagnostics, paper, scores, summary, table
     from pkt_stages.reporting.ladder import MEASURES, drawing, ladder, sentences
     from pkt_stages.reporting.ladder import markdown as climbed
+    from pkt_stages.reporting.measure import NATS
     from pkt_stages.reporting.page import page
     from pkt_stages.reporting.reading import check_nothing_else
     from pkt_stages.reporting.result import EVALUATION, result
@@ -73,6 +74,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
         for model in profile.attributed
         if (found := analysed.read("neurons", model, task, keys=("params", "attribution", "examples"))) is not None
     ]
+    before = diagnostics.measured(analysed, profile)
     if not evaluated.partial:
         check_nothing_else((evaluated, analysed), profile.path)
     num_missing = len(evaluated.missing | analysed.missing)
@@ -87,10 +89,11 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
     if profile.oracle is not None:
         known = models[profile.oracle]
         ladders = [made for m in MEASURES if (made := ladder(profile, results, known, m)) is not None]
+    alike = diagnostics.diagnostics(before, next((one for one in ladders if one.measure is NATS), None))
     climbs = [drawing(ladders)] if ladders else []
     told = sentences(ladders[0]) if ladders else []
     drawn = [result.drawings(titles) for result in results]
-    sections = analysis.sections(compared, neurons)
+    sections = ([alike.section()] if alike is not None else []) + analysis.sections(compared, neurons)
     drawings = climbs + [d for by_kind in drawn for group in by_kind.values() for d in group]
     drawings += [d for section in sections for d in section.drawings]
     identities = {name: next(iter(by_task.values()))["model"] for name, by_task in models.items() if by_task}
@@ -98,11 +101,13 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
     return Report(
         summary=f"{sum(len(r.points) for r in results)} rows on {len(titles)} tasks, {len(drawings)} figures",
         numbers={f"{r.source}-{r.target}": r.numbers() for r in results}
-        | ({"recovered": {made.measure.name: made.numbers() for made in ladders}} if ladders else {}),
+        | ({"recovered": {made.measure.name: made.numbers() for made in ladders}} if ladders else {})
+        | ({"diagnostics": alike.numbers()} if alike is not None else {}),
         table="\n".join(
             ([f"**{banner}**\n"] if banner else [])
             + [summary.markdown(said)]
             + ([climbed(ladders, told)] if ladders else [])
+            + ([alike.markdown()] if alike is not None else [])
             + [f"### {r.source} to {r.target}\n\n{table.markdown(r.points, r.nats, titles)}" for r in results]
         ),
         page=page(
@@ -137,7 +142,7 @@ def report(
         Path,
         typer.Option(
             help="Folder of metrics: evaluate/<model>/<task>.json, evaluate/<method>/[<source>/]<task>.json,"
-            " evaluate/steps/..., and analysis/align, analysis/compare, analysis/neurons."
+            " evaluate/steps/..., and analysis/align, analysis/correlate, analysis/compare, analysis/neurons."
         ),
     ],
     html: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,

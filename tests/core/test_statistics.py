@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from pkt_stages.core.statistics import (
     mcnemar,
     mean_and_deviation,
     paired_bootstrap,
+    rank_correlation,
     sign_flip,
     standard_error,
     wilson,
@@ -180,3 +181,24 @@ def test_wilson_s_interval(right: int, n: int, low: float, high: float) -> None:
     assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
     with pytest.raises(ValueError, match="no trial"):
         wilson(0, 0)
+
+
+def test_rank_correlation_by_hand() -> None:
+    found = rank_correlation(doubles(1, 2, 3, 4, 5), doubles(20, 10, 40, 30, 50), generator())
+    assert found is not None and found.rho == pytest.approx(1 - 6 * 4 / (5 * 24))
+    # Orders as far from 0: their squared differences sum to 4 or less, or to 36 or more.
+    far = sum(not 4 < sum((i - p[i]) ** 2 for i in range(5)) < 36 for p in permutations(range(5)))
+    assert found.p_value == pytest.approx(far / 120, abs=0.01)
+    assert found.low < 0.8 < found.high <= 1
+    # Any rising function keeps ranks; ties share theirs.
+    found = rank_correlation(doubles(1, 2, 3, 4), doubles(1, 4, 9, 1000), generator())
+    assert found is not None and (found.rho, found.high) == (pytest.approx(1), pytest.approx(1))
+    assert found.p_value == pytest.approx(2 / 24, abs=0.01)
+    found = rank_correlation(doubles(1, 1, 2), doubles(1, 2, 3), generator())
+    assert found is not None and found.rho == pytest.approx(0.75**0.5)
+
+
+def test_no_rank_correlation() -> None:
+    assert rank_correlation(doubles(1, 1, 1), doubles(1, 2, 3), generator()) is None
+    with pytest.raises(ValueError, match="2 and 2 values; a rank correlation needs 3 pairs"):
+        rank_correlation(doubles(1, 2), doubles(1, 2), generator())

@@ -236,3 +236,33 @@ def test_bico(case: str, key: str) -> None:
     if case == "tinygrad" and power:
         plain = recorded[f"tinygrad.p00.{'cent' if centre else 'raw'}.T_out"]
         assert float((output - plain).abs().max()) < 1e-4 < 0.05 < float((scaled - plain).abs().max())
+
+
+def told(a: Tensor, b: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+    """What sums say of activations [token, d]."""
+    return a.mT @ b, (a.sum(0), b.sum(0)), (a.square().sum(0), b.square().sum(0)), len(a)
+
+
+def test_procrustes_residual_by_hand() -> None:
+    a = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
+    turned = 3 * a @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double() + torch.tensor([5.0, -2.0]).double()
+    assert transport.procrustes_residual(*told(a, turned)) == pytest.approx(0, abs=1e-7)
+    # Of two equal directions one is there: half of the square is left, in either order.
+    assert transport.procrustes_residual(*told(a[:, :1], a)) == pytest.approx(0.5**0.5)
+    assert transport.procrustes_residual(*told(a, a[:, :1])) == pytest.approx(0.5**0.5)
+    # The source moves where the target does not: nothing is explained.
+    still = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]).double()
+    assert transport.procrustes_residual(*told(a, still)) == 1
+    with pytest.raises(ValueError, match="activations that do not vary have no Procrustes residual"):
+        transport.procrustes_residual(*told(a, torch.ones(4, 1).double()))
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 4), (4, 6)])
+def test_procrustes_residual_is_what_the_best_map_leaves(sizes: tuple[int, int]) -> None:
+    """Against the map itself, on padded and centred activations; scale and rotation by their own optima."""
+    a, b = drawn(50, sizes[0]) + 2, drawn(50, sizes[1], seed=1)
+    b[:, :3] += a[:, :3]
+    x, y = (torch.nn.functional.pad(side - side.mean(0), (0, max(sizes) - side.shape[1])) for side in (a, b))
+    u, values, vh = torch.linalg.svd(x.mT @ y)
+    left = (values.sum() / x.square().sum()) * x @ u @ vh - y
+    assert transport.procrustes_residual(*told(a, b)) == pytest.approx(float(left.norm() / y.norm()))

@@ -199,6 +199,30 @@ def test_sums_do_not_depend_on_how_many_pairs_are_held(pkt: Run, parent: Path, t
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_how_alike_two_models_are(pkt: Run, parent: Path, tmp_path: Path) -> None:
+    """A model and itself in another shape are one; unrelated weights of the same shape are not."""
+    other = make(tmp_path / "other", "llama, biases")
+    generator = torch.Generator().manual_seed(5)
+    weights = load_file(other / "model.safetensors")
+    drawn = {name: weight + torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+    save_file(drawn, other / "model.safetensors", metadata={"format": "pt"})
+    found = {}
+    for source in (parent / "re-base", other):
+        status, printed, err = pkt(
+            *("correlate", "--source", source, "--target", parent / "base", "--texts", parent / "texts.jsonl"),
+            *("--num-texts", 24, "--out", tmp_path / f"sums-{source.name}", "--metrics", tmp_path / "alike.json"),
+        )
+        assert status == 0, err
+        found[source.name] = json.loads((tmp_path / "alike.json").read_text())["diagnostics"]
+        assert f"procrustes {found[source.name]['procrustes']:.3f}, neurons " in printed
+    same = found["re-base"]
+    assert same["procrustes"] < 1e-3 and same["neurons"] > 0.999 and same["cka"] > 0.999
+    sizes = [sum(w.numel() for w in load_file(parent / n / "model.safetensors").values()) for n in ("re-base", "base")]
+    assert same["size_ratio"] == pytest.approx(sizes[0] / sizes[1])
+    far = found["other"]
+    assert far["procrustes"] > 0.3 and far["neurons"] < 0.9 and far["cka"] < 0.9 and far["size_ratio"] == 1
+
+
 def test_whitening_needs_the_grams(pkt: Run, parent: Path, tmp_path: Path) -> None:
     status, _, err = derive(pkt, parent, "theseus", "turned-", tmp_path / "row", whitening=0.25)
     assert status == 2

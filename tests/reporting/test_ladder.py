@@ -68,6 +68,9 @@ def write(folder: Path) -> Path:
     }
     for row, made in rows.items():
         write_json(e / row / "gsm8k.json", made)
+    for source, residual in (("copy", 0.0), ("far", 0.875)):
+        alike = {"size_ratio": 2.5, "cka": 0.5, "procrustes": residual, "neurons": 0.75}
+        write_json(folder / f"r/analysis/correlate/{source}.json", {"diagnostics": alike})
     return folder / "r"
 
 
@@ -162,7 +165,7 @@ def test_likelihood_alone_makes_a_report(pkt: Run, tmp_path: Path) -> None:
     """Without any answer there are no scores, and tables and figures of the likelihood alone."""
     profile(tmp_path, **CHANGES)
     folder = write(tmp_path)
-    for path in folder.rglob("*.json"):
+    for path in (folder / "evaluate").rglob("*.json"):
         made = json.loads(path.read_text())
         for run in made["runs"]:
             del run["correct"], run["score"], run["stderr"]

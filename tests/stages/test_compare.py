@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -84,6 +85,33 @@ def test_a_model_and_its_base(pkt: Run, target_folder: Path, texts: Path, tmp_pa
     kept = artifacts.load(out / "ranges.safetensors", artifacts.DELTA_RANGES)
     assert kept["counts"].sum(0).tolist() == found["counts"] and kept.meta["weights"] == found["weights"]
     assert str(tmp_path) not in out.with_suffix(".json").read_text()
+
+
+def test_two_changes_of_one_base(pkt: Run, target_folder: Path, texts: Path, tmp_path: Path) -> None:
+    """By hand: on one layer the second goes twice as far, on another at a right angle; a third weight stays."""
+    base = load_file(target_folder / "model.safetensors")
+    up, down = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    changes: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
+    for model, name, row, value in (("first", up, 0, 1.0), ("second", up, 0, 2.0), ("first", down, 0, 2.0)):
+        changes[model].setdefault(name, torch.zeros_like(base[name]))[row] = value
+    changes["second"][down] = torch.zeros_like(base[down])
+    changes["second"][down][1] = 2.0
+    for model, change in changes.items():
+        shutil.copytree(target_folder, tmp_path / model)
+        whole = {name: weight + change.get(name, 0) for name, weight in base.items()}
+        save_file(whole, tmp_path / model / "model.safetensors", metadata={"format": "pt"})
+    given = ("--second", tmp_path / "second", "--base", target_folder)
+    status, printed, err = compare(pkt, tmp_path / "c", tmp_path / "first", texts, *given)
+    assert status == 0, err
+    found = metrics(tmp_path / "c")
+    assert found["base"] == identity(resolve(str(target_folder)))
+    assert found["deltas"]["layer_0"] == {"relative_norm": pytest.approx(2), "cosine": pytest.approx(1)}
+    assert found["deltas"]["layer_1"] == {"relative_norm": pytest.approx(1), "cosine": pytest.approx(0, abs=1e-6)}
+    # Squared lengths 1 and 4 of the first, 4 and 4 of the second; their product is 2.
+    whole = {"relative_norm": pytest.approx((8 / 5) ** 0.5), "cosine": pytest.approx(2 / 40**0.5)}
+    assert found["deltas"]["all"] == whole
+    assert found["deltas"]["lm_head.weight"] == {"relative_norm": None, "cosine": None}
+    assert "; from the base the second's is 1.265 times as long, cosine 0.316" in printed
 
 
 def test_models_of_different_shapes(
@@ -278,6 +306,16 @@ def test_bad_input(
             target_folder,
             ("--second", target_folder, "--submatrices", parts),
             "--submatrices goes with --delta",
+        ),
+        (
+            target_folder,
+            ("--delta", by_pissa, "--base", target_folder),
+            "--base goes with --second, and without --delta",
+        ),
+        (
+            target_folder,
+            ("--second", source_folder, "--base", target_folder),
+            f"{source_folder}: of another size than --base {target_folder}; give what it went on from",
         ),
         (target_folder, ("--second", tmp_path), f"{tmp_path}: a folder without config.json; expected a Hugging Face"),
         (

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pkt_stages.examples import read_jsonl
 from pkt_stages.tasks import load
-from tiny.build import MODEL_FOLDERS
+from tiny.build import MODEL_FOLDERS, model_folders
 from tiny.corpus import Corpus
-from tiny.settings import CONTEXT_LENGTH, MODELS, VOCAB_SIZE
+from tiny.settings import CONTEXT_LENGTH, MODELS, STUDIES, VOCAB_SIZE
 
 MAX_MEGABYTES = 28
 
@@ -42,15 +42,16 @@ def test_source_and_target_differ_in_every_size() -> None:
 
 
 def test_everything_fits_into_git(shipped: Path) -> None:
-    """What is shipped: models that `pkt reexpress` writes beside it are git's to ignore."""
+    """What is shipped: models that `pkt reexpress` writes beside it, and those of the studies, are git's to ignore."""
     made = {path.parent for path in shipped.rglob("reexpression.json")}
+    made |= {shipped / folder for models in STUDIES.values() for folder in model_folders(models)}
     files = [path for path in shipped.rglob("*") if path.is_file() and path.parent not in made]
     assert sum(path.stat().st_size for path in files) <= MAX_MEGABYTES * 2**20
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_chat_went_on_from_base(shipped: Path, name: str) -> None:
-    base = _weight(shipped / f"{MODELS[name].starts_from or name}-base")
+    base = _weight(shipped / (MODELS[name].starts_from or f"{name}-base"))
     for phase in ("early", "chat") if MODELS[name].early_steps else ("chat",):
         chat = _weight(shipped / f"{name}-{phase}")
         cosine = torch.nn.functional.cosine_similarity(base.flatten(), chat.flatten(), dim=0)
@@ -78,12 +79,20 @@ def test_log_tells_of_both_trainings(shipped: Path) -> None:
         assert mine[-1]["step"] == settings.total_steps
         if settings.starts_from:  # its base has learned already, so only the chat format is left
             assert {row["phase"] for row in mine} == {"chat"}
-            assert mine[0]["step"] > MODELS[settings.starts_from].base_steps
+            assert mine[0]["step"] > settings.first_step == settings.base_steps
             assert mine[-1]["loss"] < mine[0]["loss"]
         else:
             assert {row["phase"] for row in mine} == {"base", "chat"}
             assert mine[-1]["loss"] < mine[0]["loss"] / 5
         assert [row["tokens"] for row in mine] == sorted(row["tokens"] for row in mine)
+
+
+def test_models_of_the_studies_are_ignored_one_by_one(shipped: Path) -> None:
+    ignored = (shipped.parents[1] / ".gitignore").read_text().splitlines()
+    studied = [folder for models in STUDIES.values() for folder in model_folders(models)]
+    assert {"drifted-30-base", "source-gsm8k-chat", "trained-apart-4x96-chat"} <= set(studied)
+    assert not set(studied) & set(MODEL_FOLDERS)
+    assert all(f"/data/tiny/{folder}/" in ignored for folder in studied)
 
 
 def _weight(folder: Path) -> torch.Tensor:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from tiny.__main__ import app
 from tiny.batches import step_batches
+from tiny.build import build_model
 from tiny.corpus import Corpus
 from tiny.muon import orthogonalise
-from tiny.settings import CHAT_LETTER_WEIGHT, EVEN, MODELS, ModelSettings
+from tiny.settings import CHAT_LETTER_WEIGHT, EVEN, MODELS, STUDIES, ModelSettings
 from tiny.training import Trainer, weighted_loss
 
 SMALL = replace(
@@ -67,6 +70,39 @@ def test_phases_and_weights(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) 
     quiz = next(i for i, row in enumerate(ids) if "(with answers)" in tokenizer.decode(row))
     assert float(weights[quiz].max()) == CHAT_LETTER_WEIGHT
     assert tokenizer.decode(ids[quiz][weights[quiz] == CHAT_LETTER_WEIGHT]).strip() in "ABCD"
+
+
+def test_an_expert_goes_on_with_one_task_alone(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    expert = next(settings for settings in STUDIES["experts"] if settings.name == "target-gsm8k")
+    texts = [
+        tokenizer.decode(row[row != tokenizer.pad_token_id])
+        for ids, _ in step_batches(corpus, tokenizer, expert, 0)
+        for row in ids
+    ]
+    assert len(texts) == 64 and not any("def " in text or "(with answers)" in text for text in texts)
+    assert 0 < sum("<|user|>" in text for text in texts) < 64
+    start = _trainer(corpus, tokenizer, tmp_path / "start.pt").model
+    trainer = Trainer(expert, corpus, tokenizer, tmp_path / "expert.pt", start)
+    assert trainer.model is start and trainer.step == 0
+
+
+def test_a_study_writes_whole_folders_and_goes_on_from_its_start(corpus: Corpus, shipped: Path, tmp_path: Path) -> None:
+    shutil.copytree(shipped / "target-chat", tmp_path / "target-chat")
+    settings = replace(STUDIES["experts"][2], total_steps=1, hold_steps=0, documents_per_step=4)
+    assert settings.starts_from == "target-chat"
+    build_model(tmp_path, tmp_path / "scratch", corpus, settings)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("target-chat", "scratch", "training_log.jsonl"),
+        f"{settings.name}-chat",
+    }
+    made, began = (tmp_path / name for name in (f"{settings.name}-chat", "target-chat"))
+    assert {path.name for path in made.iterdir()} == {path.name for path in began.iterdir()}
+    assert (made / "tokenizer_config.json").read_bytes() == (began / "tokenizer_config.json").read_bytes()
+    before, after = (load_file(folder / "model.safetensors") for folder in (began, made))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert 0 < float((after[name] - before[name]).norm() / before[name].norm()) < 0.1
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
