@@ -423,12 +423,22 @@ def plan(
     bandwidth: Annotated[float, typer.Option(help="What reading weights reaches, GB/s (H200 about 3000).")] = 3000.0,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an example's prompt and answer, on average.")] = 256,
     each: Annotated[bool, typer.Option("--each", help="A line for every stage.")] = False,
+    formulas: Annotated[
+        bool, typer.Option("--formulas", help="Estimate also what `pkt sweep` has measured on this machine.")
+    ] = False,
+    scratch: Annotated[Path, typer.Option(help="Where `pkt sweep` keeps its times.", envvar="PKT_SCRATCH")] = Path(
+        ".scratch"
+    ),
 ) -> None:
-    """List the stages that `dvc repro` would run, with estimated time, GPU memory and disk. Runs nothing."""
+    """List the stages that `dvc repro` would run, with their time, GPU memory and disk. Runs nothing.
+
+    The time of a stage that `pkt sweep` ran here before is what it took then; any other is estimated.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from pkt_stages.tools.graph import Graph, open_repo
+    from pkt_stages.tools.sweep import read_times
 
     if not tflops > 0 or not bandwidth > 0:
         raise UserError("--tflops and --bandwidth must be above 0")
@@ -439,23 +449,27 @@ def plan(
         for stage in graph.stages:
             estimator.learn(str(stage.cmd))
         needs = {stage.addressing: estimator.need(str(stage.cmd)) for stage in stale(graph)}
-    groups: dict[str, list[Need]] = {}
-    for name, need in needs.items():
-        groups.setdefault(name if each else name.split(":")[-1].split("@")[0], []).append(need)
-    table = Table("stage", *(() if each else ("number",)), "hours, one GPU", "GPU memory, GiB", "disk, GiB")
+        measured = {} if formulas else read_times(Path(repo.root_dir) / scratch)
+    measured = {name: seconds for name, seconds in measured.items() if name in needs}
+    taken = {name: measured.get(name, machine.seconds(need)) for name, need in needs.items()}
+    groups: dict[str, list[str]] = {}
+    for name in needs:
+        groups.setdefault(name if each else name.split(":")[-1].split("@")[0], []).append(name)
+    table = Table("stage", *(() if each else ("number",)), "hours", "measured here", "GPU memory, GiB", "disk, GiB")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, members in groups.items():
-        hours = sum(map(machine.seconds, members)) / 3600
-        peak, disk = max(n.memory for n in members) / GIB, sum(n.disk for n in members) / GIB
+        hours, known = sum(taken[one] for one in members) / 3600, sum(one in measured for one in members)
+        peak, disk = max(needs[one].memory for one in members) / GIB, sum(needs[one].disk for one in members) / GIB
         number = () if each else (str(len(members)),)
-        table.add_row(name, *number, f"{hours:.2f}", f"{peak:.1f}", f"{disk:.2f}")
+        table.add_row(name, *number, f"{hours:.3f}", str(known or "-"), f"{peak:.1f}", f"{disk:.2f}")
     Console(width=None if Console().is_terminal else 120).print(table)
-    seconds = sum(map(machine.seconds, needs.values()))
+    seconds = sum(taken.values())
     peak = max((need.memory for need in needs.values()), default=0) / GIB
     disk = sum(need.disk for need in needs.values()) / GIB
     typer.echo(
         f"plan: at most {len(needs)} of {len(graph.stages)} stages would run (fewer, where what changed makes equal"
-        f" outputs): about {seconds / 3600:.1f} GPU hours,"
-        f" {peak:.0f} GiB of GPU memory at the peak, {disk:.1f} GiB of disk (formulas, not measurements: docs/scale.md)"
+        f" outputs): about {seconds / 3600:.1f} hours one after the other ({len(measured)} stages as they took here,"
+        f" the others by formula for one GPU: docs/scale.md), {peak:.0f} GiB of GPU memory at the peak, {disk:.1f} GiB"
+        " of disk"
     )

@@ -8,6 +8,7 @@ cache, the run cache) is written by DVC itself under its own lock, which it give
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from pkt_stages.errors import UserError
 from pkt_stages.tools.graph import Graph, open_repo
 
 TICK_SECONDS = 0.1
+LOGS = "sweep"  # a folder of scratch
+TIMES = "times.json"  # in it: seconds that a stage took here when it last ran, by address
 SHOWN_LINES = 20  # of a failing stage's output
 
 
@@ -96,6 +99,7 @@ class Driver:
         from rich.console import Console
 
         self.states = dict.fromkeys(graph.stages, "waiting")
+        self.times: dict[str, float] = {}  # seconds, of those that ran
         self._graph, self._logs, self._lock = graph, logs, lock
         self._pull, self._keep_going = pull, keep_going
         self._free = list(slots)
@@ -163,6 +167,8 @@ class Driver:
         self._free.append(run.environment)
         state = "ran" if status == 0 else "stopped" if stopping else "failed"
         self.states[stage] = state
+        if state == "ran":
+            self.times[stage.addressing] = round(run.seconds(), 1)
         finished = sum(state in ("ran", "up to date") for state in self.states.values())
         self._say(f"{state:9}  {stage.addressing}  {run.seconds():.1f} s  ({finished} of {len(self.states)} finished)")
         if state == "failed":
@@ -229,6 +235,17 @@ def environments(workers: int | None, gpus: str | None) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": name.replace("+", ",")} for name in names]
 
 
+def read_times(scratch: Path) -> dict[str, float]:
+    """Seconds that stages took on this machine when a sweep last ran them, by address; with what else ran then."""
+    path = scratch / LOGS / TIMES
+    if not path.exists():
+        return {}
+    try:
+        return {str(name): float(seconds) for name, seconds in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path}: expected seconds by stage, as `pkt sweep` writes them; remove it") from None
+
+
 def sweep(
     targets: Annotated[
         list[str] | None, typer.Argument(help="Stages or dvc.yaml files, as for `dvc repro`.", show_default="dvc.yaml")
@@ -255,13 +272,17 @@ def sweep(
     slots = environments(workers, gpus)
     started = time.monotonic()
     with open_repo() as repo:
-        logs = Path(repo.root_dir) / scratch / "sweep"
+        logs = Path(repo.root_dir) / scratch / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         with only_driver(Path(repo.tmp_dir) / "sweep.lock") as lock:
             graph = Graph(repo, targets or [], glob=glob, allow_missing=allow_missing)
             driver = Driver(graph, slots, logs, lock, pull=pull, keep_going=keep_going)
             with collected(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
                 driver.drive(signals)
+            if driver.times:
+                beside = logs / f".{TIMES}"
+                beside.write_text(json.dumps(read_times(logs.parent) | driver.times, indent=0, sort_keys=True))
+                beside.replace(logs / TIMES)
     counts = Counter("not run" if state in ("waiting", "ready") else state for state in driver.states.values())
     parts = [f"{counts[state]} {state}" for state in ("ran", "up to date", "failed", "stopped", "not run")]
     shown = ", ".join(part for part in parts if not part.startswith("0 "))

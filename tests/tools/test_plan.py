@@ -15,6 +15,7 @@ from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.tools import plan
 from pkt_stages.tools.graph import Graph, open_repo
 from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters, selected_bytes
+from pkt_stages.tools.sweep import read_times
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -259,3 +260,16 @@ def test_the_hashes_are_those_that_pkt_code_writes(pkt: Run, tmp_path: Path, mon
     found = plan.code_hashes(SimpleNamespace(cmd=command, wdir=str(ROOT)))
     files = [path for path in (tmp_path / "code").rglob("*") if path.is_file()]
     assert found == {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_what_a_sweep_measured_takes_the_place_of_formulas(tmp_path: Path) -> None:
+    assert read_times(tmp_path) == {}
+    path = tmp_path / "sweep/times.json"
+    path.parent.mkdir()
+    path.write_text('{"a@x": 3, "b": 1.5}')
+    assert read_times(tmp_path) == {"a@x": 3.0, "b": 1.5}
+    for content in ("[1]", '{"a": null}', "{"):
+        path.write_text(content)
+        with pytest.raises(UserError) as caught:
+            read_times(tmp_path)
+        assert str(caught.value) == f"{path}: expected seconds by stage, as `pkt sweep` writes them; remove it"

@@ -17,7 +17,7 @@ import yaml
 
 from pkt_stages.errors import UserError
 from pkt_stages.tools.graph import Graph, open_repo
-from pkt_stages.tools.sweep import environments
+from pkt_stages.tools.sweep import environments, read_times
 
 ROOT = Path(__file__).parents[2]
 PKT = (sys.executable, "-m", "pkt_stages")
@@ -169,6 +169,7 @@ def test_it_does_what_repro_does_with_two_at_a_time(project: Path, tmp_path: Pat
     assert entries(project) == entries(plain)
     assert all((project / f"{n}.txt").read_bytes() == (plain / f"{n}.txt").read_bytes() for n in UPSTREAM)
     assert not any(json.loads((project / ".dvc/tmp/rwlock").read_text()).values())
+    assert set(read_times(project / ".scratch")) == set(UPSTREAM)
     assert "Running stage 'a'" in (project / ".scratch/sweep/a.log").read_text()
 
     before = (project / "dvc.lock").read_bytes()
