@@ -37,7 +37,7 @@ def commands() -> dict[str, Settings]:
     for module in pkgutil.iter_modules(stages.__path__):
         command = getattr(importlib.import_module(f"{stages.__name__}.{module.name}"), module.name)
         if hasattr(command, "settings"):
-            found[module.name] = command.settings
+            found[module.name.rstrip("_")] = command.settings  # `import` is a word of Python's
     return found
 
 
@@ -99,8 +99,9 @@ class Checked:
                     mine, f"expected a folder that is called like the profile, {self.profile.name}, found {value}"
                 )
 
-    def check_keys(self) -> set[str]:
-        """Keys of the params file; returns the commands of the graph that take settings from it."""
+    def check_keys(self) -> tuple[set[str], set[str]]:
+        """Keys of the params file; returns the commands of the graph that take settings from it, and those of them
+        whose settings a task may change."""
         graph = self.path.parent / GRAPH
         text = graph.read_text(encoding="utf-8") if graph.is_file() else ""
         used = set(re.findall(r"pkt (\w+) --params", text)) & set(self._commands)
@@ -111,11 +112,10 @@ class Checked:
                 self.note(str(key), f"no list and no section of a command{meant(key, known)}; take it out")
         for section in sorted(sections - set(self.content)):
             self.note(section, f"section is missing; `{section}: {{}}` takes the defaults")
-        return used
+        return used, used.intersection(re.findall(r"task\.\$\{item\.task\}\.(\w+)", text))
 
-    def check_settings(self, used: set[str]) -> None:
+    def check_settings(self, used: set[str], by_task: set[str]) -> None:
         """Sections, the tasks' parts and the methods' entries, each with the dataclass of its command."""
-        by_task = {its.section for name, its in self._commands.items() if name in used and its.by_task}
         parts = self.content.get(NO_CHANGE)
         for part in parts if isinstance(parts, dict) else ():
             if part not in by_task:
@@ -235,7 +235,7 @@ def problems(path: Path, *, allow_missing: bool = False) -> list[str]:
     except UserError as error:
         return [str(error)]
     checked.check_places()
-    checked.check_settings(checked.check_keys())
+    checked.check_settings(*checked.check_keys())
     check_inputs(checked, allow_missing=allow_missing)
     return sorted(checked.problems)
 
