@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pkt_stages import artifacts, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation import scoring
+from pkt_stages.evaluation.scoring import last_number
 from pkt_stages.examples import read_examples, read_jsonl
 from pkt_stages.params import build, read_settings
 from pkt_stages.tools import inspect
-from tests.tasks.test_gsm8k import last_number, score
+from tests.tasks.test_gsm8k import score
 from tests.test_params import Example
 
 # One file is written over and over again, so a test's folder may serve all of its examples.

@@ -121,6 +121,12 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def _check_files(folder: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: expected a PEFT adapter, {name} is missing")
+
+
 def base_of(folder: Path) -> dict[str, str | None] | None:
     """The identity of the model that an adapter was made for, as far as it says so; None if it does not.
 
@@ -132,6 +138,7 @@ def base_of(folder: Path) -> dict[str, str | None] | None:
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_files(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -162,9 +169,7 @@ def load_adapter(folder: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: expected a PEFT adapter, {name} is missing")
+    _check_files(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)

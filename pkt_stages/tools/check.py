@@ -41,6 +41,11 @@ def commands() -> dict[str, Settings]:
     return found
 
 
+def changed_by_tasks(graph: str) -> set[str]:
+    """Commands whose settings a task may change, by the text of a dvc.yaml."""
+    return set(re.findall(r"task\.\$\{item\.task\}\.(\w+)", graph))
+
+
 class Checked:
     """A profile's settings as far as they hold, and all that is wrong with the profile.
 
@@ -63,6 +68,9 @@ class Checked:
         root = self.content.get("root")
         self.root = Path(os.path.relpath(path.parent / root)) if isinstance(root, str) else path.parent
         self._commands = commands()
+        graph = path.parent / GRAPH
+        self._graph = graph.read_text(encoding="utf-8") if graph.is_file() else ""
+        self._by_task = changed_by_tasks(self._graph)
         self._values: dict[tuple[str, str | None, str | None], Any] = {}
         self._code: dict[str, tuple[ModuleType, Any]] = {}
 
@@ -71,7 +79,7 @@ class Checked:
 
     def settings(self, command: str, *, task: str | None = None, method: str | None = None) -> Any:
         """The settings in force, an instance of the command's dataclass; None if they are wrong."""
-        task = task if self._commands[command].by_task else None
+        task = task if command in self._by_task else None
         return self._values.get((command, task, method))
 
     def code(self, method: Method) -> tuple[ModuleType, Any] | None:
@@ -99,11 +107,9 @@ class Checked:
                     mine, f"expected a folder that is called like the profile, {self.profile.name}, found {value}"
                 )
 
-    def check_keys(self) -> tuple[set[str], set[str]]:
-        """Keys of the params file; returns the commands of the graph that take settings from it, and those of them
-        whose settings a task may change."""
-        graph = self.path.parent / GRAPH
-        text = graph.read_text(encoding="utf-8") if graph.is_file() else ""
+    def check_keys(self) -> set[str]:
+        """Keys of the params file; returns the commands of the graph that take settings from it."""
+        text = self._graph
         used = set(re.findall(r"pkt (\w+) --params", text)) & set(self._commands)
         sections = {self._commands[name].section for name in used if dataclasses.fields(self._commands[name].cls)}
         known = {*LISTS, *sections, *re.findall(r"\$\{(\w+)", text)} - {"item", "key"}
@@ -112,10 +118,11 @@ class Checked:
                 self.note(str(key), f"no list and no section of a command{meant(key, known)}; take it out")
         for section in sorted(sections - set(self.content)):
             self.note(section, f"section is missing; `{section}: {{}}` takes the defaults")
-        return used, used.intersection(re.findall(r"task\.\$\{item\.task\}\.(\w+)", text))
+        return used
 
-    def check_settings(self, used: set[str], by_task: set[str]) -> None:
+    def check_settings(self, used: set[str]) -> None:
         """Sections, the tasks' parts and the methods' entries, each with the dataclass of its command."""
+        by_task = self._by_task & used
         parts = self.content.get(NO_CHANGE)
         for part in parts if isinstance(parts, dict) else ():
             if part not in by_task:
@@ -128,7 +135,7 @@ class Checked:
             makes = [m for m in self.profile.methods if command in (GROUPS[m.group].command, GROUPS[m.group].before)]
             made = any(command in (group.command, group.before) for group in GROUPS.values())
             own = self._clean(command, self.content.get(command, {}), its.cls)
-            for task in self.profile.tasks if its.by_task else [None]:
+            for task in self.profile.tasks if command in by_task else [None]:
                 told = self._part(task, command, its)
                 for method in makes if made else [None]:
                     self._settle(command, its, own | told, task, method)
@@ -235,7 +242,7 @@ def problems(path: Path, *, allow_missing: bool = False) -> list[str]:
     except UserError as error:
         return [str(error)]
     checked.check_places()
-    checked.check_settings(*checked.check_keys())
+    checked.check_settings(checked.check_keys())
     check_inputs(checked, allow_missing=allow_missing)
     return sorted(checked.problems)
 

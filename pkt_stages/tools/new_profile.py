@@ -37,7 +37,6 @@ def text(name: str, source: str, target: str, found: Mapping[str, Any], chosen: 
         chosen: tasks, each with what it changes.
     """
     its = commands()
-    parts = [command for command in its if its[command].by_task and its[command].section == command]
     models = f"[{chat_model(source)}, {target}]"
     lines = [
         f"# Profile `{name}`: {source} to {target}. After each edit: pkt check {FOLDER}/{name}",
@@ -56,8 +55,10 @@ def text(name: str, source: str, target: str, found: Mapping[str, Any], chosen: 
         f"seek_source: [{source}]",
         "teacher: [] # for rows of finetune_answers and distill",
         "transport_source: [] # for rows of transport and what works on them",
+        "labelled_source: [] # for rows of labelled",
+        f"selected: {{trained: [{source}], with_base: []}} # of these the base model's rows are kept, too",
         "reexpressed: {}",
-        f"{NO_CHANGE}: &every {_flow({part: {} for part in parts})}",
+        f"{NO_CHANGE}: &every {_flow({part: {} for part in found[NO_CHANGE]})}",
         "task: &task",
         *(f"  {task}: {_flow(change, '<<: *every')}" for task, change in chosen.items()),
         "prepared_task: *task",

@@ -185,7 +185,7 @@ def test_a_row_whose_code_is_another_s_has_its_hash(copy: Path, tmp_path: Path) 
         ),
         (
             lambda p: p["made_by"].update(other={}),
-            "made_by.other: no such group; expected any of oracle, transport, align, ",
+            "made_by.other: no such group; expected any of oracle, transport, labelled, align, ",
         ),
     ],
 )
@@ -294,7 +294,7 @@ if sys.argv[1] == "code":
     sys.path.insert(0, "")
     runpy.run_module("pkt_stages", run_name="__main__")  # and ends here
 for flag, value in zip(sys.argv, sys.argv[1:]):
-    if flag in ("--out", "--metrics", "--predictions", "--html", "--figures", "--table"):
+    if flag in ("--out", "--metrics", "--predictions", "--html", "--figures", "--table", "--scores", "--csv", "--tex"):
         names = [f"{{name}}.jsonl" for name in ("extract", "transfer", "align", "train", "test")]
         for path in [Path(value)] if Path(value).suffix else [Path(value) / name for name in names]:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def test_an_exact_text(said: str, right: bool) -> None:
         ([], "expected a mapping with `scoring` and `fields`, found []"),
         (CHOICE | {"scoring": "bleu"}, "scoring: expected one of choice, number, exact_match, found 'bleu'"),
         ({"fields": {}}, "key 'scoring' is missing"),
-        (CHOICE | {"titel": "x"}, "unknown key 'titel'; expected one of scoring, fields, title, prompt, prefix, until, num_test, answer_tokens"),
+        (CHOICE | {"titel": "x"}, "unknown key 'titel' (did you mean 'title'?); expected one of scoring, fields, title, prompt, prefix, until, num_test, answer_tokens"),
         ({"scoring": "choice", "fields": {"question": "q", "answer": "a"}}, "fields: 'choices' is missing; scoring choice needs question, answer, choices"),
         (NUMBER | {"fields": {"question": "q", "answer": 3}}, "fields.answer: expected the name of a column, found 3"),
         (CHOICE | {"fields": {"question": "q", "answer": "a", "choices": []}}, "fields.choices: expected the name of a column, or a list of them, found []"),

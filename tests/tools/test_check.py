@@ -27,8 +27,9 @@ PROFILES = [ROOT / "params.yaml", *sorted(ROOT.glob("profiles/*/params.yaml"))]
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.parent.name)
 def test_the_profiles_that_are_here(path: Path) -> None:
-    """Those of real models have what can be known without them."""
-    assert problems(path) == []
+    """Those of real models have what can be known without them; what git ignores is made or fetched by a command."""
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.startswith("/data/")]
+    assert [line for line in problems(path) if not any(folder in line for folder in ignored)] == []
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def rename(old: str, new: str) -> Edit:
 
 def swap(params: dict[str, Any]) -> None:
     params |= {"source": ["target"], "target": "source-chat", "seek_source": ["target"], "teacher": []}
+    params["selected"] = {"trained": ["target"], "with_base": []}
 
 
 def entry(group: str, name: str, **changes: Any) -> Edit:
@@ -172,7 +174,7 @@ def task(**parts: Any) -> Edit:
             update("align", validation_size=7),
             ["made_by.align.laten: task gsm8k: 7 held out (validation_size) and 3 in a step (batch_size - 1) need 10"],
         ),
-        (update("align", rate=0.5), ["made_by.align.laten: rate 0.5 is above `select.max_rate` 0.2; raise that, or"]),
+        (update("align", rate=0.5), ["made_by.align.laten: rate 0.5 is above `select.max_rate` 0.1; raise that, or"]),
         (update("align", rate=0.001), ["made_by.align.laten: rate 0.001 selects no ffn neuron of the target; raise it"]),
         (
             update("select", max_rate=0.001),
@@ -227,7 +229,9 @@ def task(**parts: Any) -> Edit:
             ],
         ),
         (
-            lambda p: p.update(source=["sourse"], models=["sourse-chat", "target-chat"]),
+            lambda p: p.update(
+                source=["sourse"], models=["sourse-chat", "target-chat"], selected={"trained": ["sourse"], "with_base": []}
+            ),
             [
                 "attributed: 'sourse-chat' is missing; LaTen selects its neurons, too",
                 "seek_source: 'source' is not in `source` (did you mean 'sourse'?)",
