@@ -371,3 +371,9 @@ def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(("\ufeff" + (ROOT / "params.yaml").read_text().replace("\n", "\r\n")).encode())
     assert read_profile(path).content == read_profile(ROOT / "params.yaml").content
+
+
+def test_without_alignments_nothing_needs_a_selection() -> None:
+    profile = read_profile(ROOT / "profiles/sizes/params.yaml")
+    assert not profile.in_group("align") and profile.attributed == []
+    assert profile.content["selected"] == {"trained": [], "with_base": []}

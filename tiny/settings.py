@@ -150,6 +150,6 @@ def _expert(general: str, task: str) -> ModelSettings:
 
 # Sources for the paper's open questions (docs/open-questions.md): built on request, not shipped.
 STUDIES = {
-    "sizes": (_sized(2, 96, 3, 256), _sized(4, 96, 3, 256), _sized(4, 128, 4, 344), _drifted(30), _drifted(150)),
+    "sizes": (_sized(4, 96, 3, 256), _drifted(30), _drifted(150)),
     "experts": tuple(_expert(general, task) for general in ("source", "target") for task in ("gsm8k", "mbpp")),
 }
