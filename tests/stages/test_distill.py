@@ -240,7 +240,7 @@ def test_another_vocabulary_is_an_error(pkt: Run, paths: dict[str, Path], tmp_pa
     [
         (["--beta", "1.5"], "options of `distill`: beta must be at least 0 and at most 1, found 1.5"),
         (["--temperature", "0"], "options of `distill`: temperature must be above 0, found 0.0"),
-        (["--objective", "seqkd"], "options of `distill`: objective: expected one of kd, gkd, found 'seqkd'"),
+        (["--objective", "seqkd"], "options of `distill`: objective: expected one of kd, gkd, uld, found 'seqkd'"),
         (
             ["--objective", "gkd", "--max-new-tokens", "250"],
             "the longest prompt has 25 tokens, with max_new_tokens 250 more than the 256 that the target takes;"
