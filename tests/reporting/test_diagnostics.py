@@ -27,6 +27,7 @@ SOURCES = {"a": (1.0, 0.0), "b": (0.75, 0.25), "c": (0.5, 0.5), "d": (0.25, 0.75
 
 def sources(folder: Path, names: str) -> tuple[Profile, Ladder]:
     listed: dict[str, Any] = {"source": list(names), "transport_source": list(names)}
+    listed |= {"selected": {"trained": list(names), "with_base": []}}
     found = profile(folder, **CHANGES | listed | {"models": [*(f"{name}-chat" for name in names), "t", "c"]})
     for name in names:
         alike = {"size_ratio": 1.0, "cka": 0.5, "procrustes": SOURCES[name][1], "neurons": SOURCES[name][0]}
