@@ -42,7 +42,8 @@ def test_a_stage_runs_behind_its_launcher_once(tmp_path: Path, launcher: Path) -
     status, err, record = run(tmp_path, *words, PKT_LAUNCH=f"'{launcher}' --gres=gpu:1", PKT_LAUNCH_ATTRIBUTE="true")
     assert record == [f"{launcher} --gres=gpu:1 pkt {' '.join(words)}"]
     # What ran behind it is the same command: its message and its status.
-    assert (status, err) == (2, "pkt: error: unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu\n")
+    known = "expected one of gsm8k, humaneval, mbpp, mmlu, or tasks/chess/task.yaml here"
+    assert (status, err) == (2, f"pkt: error: unknown task 'chess'; {known}\n")
 
 
 @pytest.mark.parametrize("own", ["", "nice -n 1"])

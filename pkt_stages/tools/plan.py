@@ -19,7 +19,6 @@ import typer
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
-from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.params import build, read_params, read_settings
 from pkt_stages.profile import read_profile
@@ -188,6 +187,8 @@ class Estimator:
         (source, size), (target, other) = self._model(options["--source"]), self._model(options["--target"])
         settings = self._settings(options, "gradients", GradientsParams)
         pairs = min(source.num_layers, target.num_layers)
+        from pkt_stages.models.folding import PROJECTIONS
+
         # At the outputs of a layer's seven projections and of its two norms.
         widths = [
             [*(sizes.weight_shape(weight)[0] for weight in PROJECTIONS), sizes.d_model, sizes.d_model]
