@@ -148,8 +148,8 @@ def test_bad_input(pkt: Run, source_folder: Path, target_folder: Path, row: Path
          f" source at {names[1]['revision']}; give its own target, or insist with --any-base"),
         (source_folder, row / "seed_0", ("--any-base",), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
          " in the adapter"),
-        (source_folder, row / "seed_0", ("--adapter", "--any-base"), "adapter: lm_head.weight is [264, 96] in the model, [264, 64]"
-         " in the adapter"),
+        (source_folder, row / "seed_0", ("--adapter", "--any-base"),
+         "adapter: lm_head.weight is [264, 96] in the model, [264, 64] in the adapter"),
         (target_folder, row, (*adapter, "--dtype", "float32"),
          "--dtype, --shard and --allow-rounding-loss are for whole models; leave them out, or --adapter"),
         (target_folder, row, ("--run", "delta", "--shard", "5 GB"), "--shard 5 GB: expected a size like 5GB, in KB, MB"
