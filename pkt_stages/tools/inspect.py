@@ -151,13 +151,15 @@ def model(folder: Path, stage: Origin | None) -> dict[str, Any]:
     """
     from pkt_stages.models.load import identity, load_tokenizer, resolve
     from pkt_stages.models.rows import Checkpoint, weight_files
-    from pkt_stages.models.sites import SITES, geometry, weight_name
+    from pkt_stages.models.sites import SITES, geometry
 
     ref = resolve(str(folder))
     checkpoint, tokenizer = Checkpoint(ref), load_tokenizer(ref)
     config, sizes = checkpoint.config, geometry(checkpoint.config)
     shapes = {name: list(weight.get_shape()) for name, weight in checkpoint.weights.items()}
-    sites = {site: f"{sizes.num_neurons(site)} neurons a layer in {weight_name(0, site)}" for site in SITES}
+    sites = {
+        site: f"{sizes.num_neurons(site)} neurons a layer in {checkpoint.family.weight(site, 0)}" for site in SITES
+    }
     specials = {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad")}
     return {
         "what": f"model of architecture {config.model_type}",

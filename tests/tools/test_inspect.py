@@ -15,6 +15,7 @@ from pkt_stages.models.changes import DenseDelta, write_changes
 from pkt_stages.models.inject import SparseDelta
 from pkt_stages.tools.inspect import flat
 from pkt_stages.tools.provenance import md5
+from tests.families import CASES, save
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -306,6 +307,14 @@ def test_a_model(pkt: Run, target_folder: Path) -> None:
         "class": "", "tokens": 261, "chat_template": True, "bos": "<s>", "eos": "</s>", "pad": "<pad>",
     }  # fmt: skip
     assert found["meta"]["sites"]["attn_v"] == "64 neurons a layer in model.layers.0.self_attn.v_proj.weight"
+
+
+@pytest.mark.parametrize("name", ["neox", "phi3"])
+def test_weights_are_called_as_the_architecture_calls_them(pkt: Run, tmp_path: Path, name: str) -> None:
+    status, out, _ = pkt("inspect", save(CASES[name], tmp_path / "model"), "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert all(said.rpartition(" ")[2] in found["shapes"] for said in found["meta"]["sites"].values())
 
 
 def test_a_model_that_is_damaged(pkt: Run, target_folder: Path, tmp_path: Path) -> None:
