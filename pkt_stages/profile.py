@@ -361,7 +361,7 @@ def _check_lists(profile: Profile, lists: _Lists) -> None:
                 f"reexpressed.{name}: expected `of` and `like` (models) and `how` (options of `pkt reexpress`,"
                 f" at least `seed`), found {', '.join(map(str, entry)) or 'nothing'}"
             )
-    ways = mapping(profile.content, profile.path, "selected")
+    ways = lists.part("selected")
     selected = [lists.names(how, of=ways, within="selected.") for how in SELECTED]
     why = f"each of `source` stands in one of selected.{' and selected.'.join(SELECTED)}"
     have = sorted(name for names in selected for name in names)

@@ -65,7 +65,7 @@ TABLE = [
     ("no mapping", "inject --target {target} --selection {data} --mapping {data} --out {tmp}/o", "{data}/chosen.json: no such file; expected a folder of `pkt align`"),
     ("no prompts", "generate --source {source} --train {nowhere} --out {tmp}/o --metrics {tmp}/m", "{nowhere}: no such file of examples"),
     ("no row", "export --model {target} --delta {nowhere} --out {tmp}/o", "{nowhere}: no such file or folder; expected a row's folder, a PEFT adapter or a delta"),
-    ("no profile", "code --params {typo} --out {tmp}/o", "{typo}: section 'selected' is missing"),
+    ("no profile", "code --params {typo} --out {tmp}/o", "{typo}: section 'made_by' is missing"),
     ("nothing to adopt", "adopt --task gsm8k --metrics-in {nowhere} --out {tmp}/o", "{nowhere}: no such metrics; run the profile that makes them"),
     ("no file", "inspect {nowhere}", "{nowhere}: no such file; expected an artifact (.safetensors)"),
 ]  # fmt: skip
