@@ -216,8 +216,8 @@ HUB = {"name": "owner/target-chat", "revision": COMMITS[0]}
         ("owner/target-chat", COMMITS[0], HUB, True),
         ("owner/target-chat", COMMITS[1], HUB, False),
         ("other/target-chat", None, HUB, False),
-        ("/home/somebody/target-chat/", None, HUB, True),
-        ("/home/somebody/Target-Chat", None, HERE, True),
+        ("/models/of/target-chat/", None, HUB, True),
+        ("/models/of/Target-Chat", None, HERE, True),
         ("owner/target-chat", None, HERE, True),
         ("owner/target-base", None, HERE, False),
         ("owner/target-chat", COMMITS[0], HERE, False),  # weights that cannot be compared

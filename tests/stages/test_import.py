@@ -98,10 +98,10 @@ def refused(pkt: Run, adapter: Path, target: Path, message: str, *more: object) 
 
 def test_another_base_is_refused_by_name(pkt: Run, adapter: Path, target_folder: Path) -> None:
     at = identity(resolve(str(target_folder)))["revision"]
-    change(adapter, base_model_name_or_path="/home/somebody/other")
+    change(adapter, base_model_name_or_path="/models/of/other")
     refused(
         pkt, adapter, target_folder,
-        f"{adapter}: made for the target /home/somebody/other at an unknown revision, found target at {at}; give its"
+        f"{adapter}: made for the target /models/of/other at an unknown revision, found target at {at}; give its"
         " own target, or insist with --any-base",
     )  # fmt: skip
     assert imported(pkt, adapter, target_folder, "--any-base")[0] == 0
