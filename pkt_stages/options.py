@@ -35,6 +35,10 @@ Model = Annotated[str, typer.Option(help="Model folder, or hub name `owner/name@
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Insist on changes that were made for other weights; warns of them.")
 ]
+PAIRS_AT_ONCE = 8
+PairsAtOnce = Annotated[
+    int, typer.Option(min=1, help="Pairs of layers whose sums are held at a time.", envvar="PKT_PAIRS_AT_ONCE")
+]
 Task = Annotated[str | None, typer.Option(help="Task whose part of the params file to use.")]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Method whose entry in `made_by` of the params to use.")
@@ -48,13 +52,11 @@ class Settings:
     Attributes:
         section: of the params file.
         cls: the dataclass.
-        by_task: whether a task may change them.
         functions: that the file of pkt_stages/methods must have which brings settings of its own; none: there is none.
     """
 
     section: str
     cls: type
-    by_task: bool
     functions: tuple[str, ...]
 
 
@@ -146,7 +148,7 @@ def _with_options(
 
     wrapper.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in own + made}
-    wrapper.settings = Settings(section, cls, "task" in signature.parameters, functions)  # type: ignore[attr-defined]
+    wrapper.settings = Settings(section, cls, functions)  # type: ignore[attr-defined]
     return wrapper
 
 

@@ -20,6 +20,7 @@ from pkt_stages.encoding import Encoded, tokens_at
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
 from pkt_stages.models.batches import padded, padding_mask
+from pkt_stages.models.load import odd_token
 from pkt_stages.models.train_set import collate, rows
 from pkt_stages.templates import Template, render_prompt
 
@@ -30,15 +31,12 @@ def check_vocabularies(source: Any, target: Any) -> int:
     Raises:
         UserError: they are not the same tokens with the same numbers.
     """
-    ours, theirs = target.get_vocab(), source.get_vocab()
-    if ours != theirs:
-        token = min(set(ours.items()) ^ set(theirs.items()), key=lambda pair: (pair[1], pair[0]))[0]
+    if odd := odd_token([source, target], ("in the source", "in the target")):
         raise UserError(
-            f"source and target must share their vocabulary: token {token!r} is number {theirs.get(token, 'none')} of"
-            f" {len(theirs)} in the source, {ours.get(token, 'none')} of {len(ours)} in the target; use objective"
-            " uld, or `pkt generate` and `pkt finetune` (SeqKD), instead"
+            f"source and target must share their vocabulary: {odd}; use objective uld, or `pkt generate` and"
+            " `pkt finetune` (SeqKD), instead"
         )
-    return max(ours.values()) + 1
+    return max(target.get_vocab().values()) + 1
 
 
 def cut_vocabularies(source: Any, target: Any, num_tokens: int) -> None:

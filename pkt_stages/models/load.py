@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,14 +175,20 @@ def vocabulary_difference(first: ModelRef, second: ModelRef) -> str | None:
     Raises:
         UserError: as `load_tokenizer`.
     """
-    one, other = (load_tokenizer(ref).get_vocab() for ref in (first, second))
+    tokenizers = [load_tokenizer(ref) for ref in (first, second)]
+    return odd_token(tokenizers, (f"for {first.location}", f"for {second.location}"))
+
+
+def odd_token(tokenizers: Sequence[Any], sides: tuple[str, str]) -> str | None:
+    """The same of two tokenizers, which the text calls by their `sides` (`in the source`)."""
+    one, other = (tokenizer.get_vocab() for tokenizer in tokenizers)
     if one == other:
         return None
     token, _ = min(one.items() ^ other.items(), key=lambda pair: (pair[1], pair[0]))
-    return (
-        f"token {shown(token)} is number {one.get(token, 'none')} of {len(one)} for {first.location},"
-        f" {other.get(token, 'none')} of {len(other)} for {second.location}"
-    )
+    told = [
+        f"{found.get(token, 'none')} of {len(found)} {side}" for found, side in zip((one, other), sides, strict=True)
+    ]
+    return f"token {shown(token)} is number {', '.join(told)}"
 
 
 def _is_used(tokenizer: Any, token: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pkt_stages.core.similarity import cosine
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
-from pkt_stages.models.sites import SITES, as_rows, projection_name
+from pkt_stages.models.sites import SITES, as_rows, module_name
 from pkt_stages.progress import track
 
 
@@ -62,7 +62,7 @@ def similarities(
     found: dict[str, list[tuple[float, float]]] = {}
     for layer in track(range(num_layers), "layers"):
         for site in SITES:
-            module = projection_name(layer, site)
+            module = module_name(site, layer)
             if module not in adapter.factors:
                 raise UserError(f"the adapter has nothing at {module}; expected all of {', '.join(SITES)}")
             own = weight(f"{module}.weight").float()

@@ -299,6 +299,16 @@ def geometry(config: Any) -> Geometry:
     )
 
 
+def check_same_shape(first: Geometry, second: Geometry, tuned: str, base: str) -> None:
+    """Raise UserError unless a trained model and its base, which are called so, are of one shape."""
+    if first != second:
+        name = next(name for name in vars(first) if getattr(first, name) != getattr(second, name))
+        raise UserError(
+            f"{tuned}: {name} {getattr(first, name)}, its base model {base} has {getattr(second, name)}; what training"
+            " added is the difference of two models of one shape"
+        )
+
+
 def check_whole_matrices(config: Any, what: str) -> None:
     """Raise UserError unless each weight is a matrix of its own with Llama's name, as what moves matrices takes them.
 
@@ -307,11 +317,6 @@ def check_whole_matrices(config: Any, what: str) -> None:
     """
     if reason := family(config).whole_matrices():
         raise UserError(f"architecture {config.model_type!r}: {what} moves whole matrices, and {reason}")
-
-
-def projection_name(layer: int, site: str) -> str:
-    """The linear module that holds a site's neurons, as Llama names it."""
-    return _LLAMA.module(site, layer)
 
 
 def module_name(weight: str, layer: int) -> str:

@@ -23,7 +23,7 @@ from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, Pair
 from pkt_stages.models.derivation import Derived, Inputs
 from pkt_stages.models.folding import PROJECTIONS, READS, Folded
 from pkt_stages.models.load import ModelRef, identity, vocabulary_difference
-from pkt_stages.models.sites import Geometry, module_name
+from pkt_stages.models.sites import Geometry, check_same_shape, module_name
 from pkt_stages.params import option
 from pkt_stages.progress import track
 
@@ -143,18 +143,8 @@ def opened(target: ModelRef, tuned: ModelRef, base: ModelRef, *, fold: bool = Tr
         UserError: the source's two models differ in shape, or as `Folded`.
     """
     models = Models(Folded(target), Folded(tuned), Folded(base), fold)
-    check_shapes(models.tuned.sizes, models.base.sizes, tuned.location, base.location)
+    check_same_shape(models.tuned.sizes, models.base.sizes, tuned.location, base.location)
     return models
-
-
-def check_shapes(first: Geometry, second: Geometry, tuned: str, base: str) -> None:
-    """Raise UserError unless a trained model and its base, which are called so, are of one shape."""
-    if first != second:
-        name = next(name for name in vars(first) if getattr(first, name) != getattr(second, name))
-        raise UserError(
-            f"{tuned}: {name} {getattr(first, name)}, its base model {base} has {getattr(second, name)}; what training"
-            " added is the difference of two models of one shape"
-        )
 
 
 def carries_vocabulary(models: Models) -> bool:

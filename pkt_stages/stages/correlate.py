@@ -15,7 +15,7 @@ import typer
 
 from pkt_stages import artifacts
 from pkt_stages.errors import UserError
-from pkt_stages.options import Device, DType, Source, Stopwatch, Target, option, with_params
+from pkt_stages.options import PAIRS_AT_ONCE, Device, DType, PairsAtOnce, Source, Stopwatch, Target, option, with_params
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pkt_stages.models.batches import Batch
     from pkt_stages.models.correlation import Pair, Sums
     from pkt_stages.models.load import ModelRef
-
-
-PAIRS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,7 @@ def correlate(
         tuple[Path, Path] | None,
         typer.Option(help="Attributions of the source and of the target, for layer_pairs: selected."),
     ] = None,
-    pairs_at_once: Annotated[
-        int, typer.Option(min=1, help="Pairs of layers whose sums are held at a time.", envvar="PKT_PAIRS_AT_ONCE")
-    ] = PAIRS_AT_ONCE,
+    pairs_at_once: PairsAtOnce = PAIRS_AT_ONCE,
     device: Device = "cpu",
 ) -> None:
     """Sum up what two models compute on the same texts, layer pair by layer pair: the ground of every transport."""

@@ -16,7 +16,7 @@ import typer
 from pkt_stages import artifacts
 from pkt_stages.encoding import EncodingParams
 from pkt_stages.errors import UserError
-from pkt_stages.options import Device, Source, Stopwatch, Target, option, with_params
+from pkt_stages.options import PAIRS_AT_ONCE, Device, PairsAtOnce, Source, Stopwatch, Target, option, with_params
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pkt_stages.encoding import Encoded
     from pkt_stages.models.correlation import Pair, Sums
     from pkt_stages.models.load import ModelRef
-
-PAIRS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,7 @@ def gradients(
     examples: Annotated[Path, typer.Option(help="Folder of examples: <task>/align.jsonl.")],
     correlation: Annotated[Path, typer.Option(help="Folder of `pkt correlate`, for the pairs of layers.")],
     out: Annotated[Path, typer.Option(help="Folder for the sums.")],
-    pairs_at_once: Annotated[
-        int, typer.Option(min=1, help="Pairs of layers whose sums are held at a time.", envvar="PKT_PAIRS_AT_ONCE")
-    ] = PAIRS_AT_ONCE,
+    pairs_at_once: PairsAtOnce = PAIRS_AT_ONCE,
     device: Device = "cpu",
 ) -> None:
     """Sum up the answers' gradients at two models' projections, layer pair by layer pair: the ground of BiCo."""

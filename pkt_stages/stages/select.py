@@ -129,7 +129,7 @@ def select(
     from pkt_stages.models.load import identity, is_same, load_config, resolve
     from pkt_stages.models.rows import Checkpoint
     from pkt_stages.models.selection import BASE_ROWS, INDICES, ROWS, extract_rows, random_neurons
-    from pkt_stages.models.sites import geometry
+    from pkt_stages.models.sites import check_same_shape, geometry
 
     watch = Stopwatch()
     paths = {"source": source_scores, "target": target_scores}
@@ -148,12 +148,8 @@ def select(
         )
     sizes = geometry(load_config(ref))
     base_ref = resolve(base) if base is not None else None
-    if base_ref is not None and (other := geometry(load_config(base_ref))) != sizes:
-        name = next(name for name in vars(sizes) if getattr(sizes, name) != getattr(other, name))
-        raise UserError(
-            f"{base}: {name} {getattr(other, name)}, the source {source} has {getattr(sizes, name)}; give the model"
-            " that its training began with"
-        )
+    if base_ref is not None:
+        check_same_shape(sizes, geometry(load_config(base_ref)), source, base_ref.location)
     _warn_if_narrower(found["source"].meta["geometry"], found["target"].meta["geometry"])
     _check_cuts(found["source"].meta, found["target"].meta)
     tensors: dict[str, Tensor] = {}
@@ -185,7 +181,7 @@ def select(
 
 def _check_cuts(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     """Say so if two tokenizers had the examples cut at different characters; UserError for two settings `cut`."""
-    cuts = [meta["params"]["cut"] for meta in (source, target)]
+    cuts = [meta["params"].get("cut", "token") for meta in (source, target)]  # older ones do not say
     if cuts[0] != cuts[1]:
         raise UserError(
             f"--source-scores is cut before the last {cuts[0]}, --target-scores before the last {cuts[1]};"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pkt_stages import hub, tasks
 from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example, read_jsonl
-from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, geometry
+from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, check_same_shape, geometry
 from pkt_stages.params import build, mistakes, read_params
 from pkt_stages.profile import GROUPS, OF_CODE, Method, chat_model
 from pkt_stages.stages import prepare, texts
@@ -190,7 +190,6 @@ class Models:
     def check_sizes(self) -> None:
         """That sizes go with the settings, and with each other for the methods that need it."""
         from pkt_stages.models.submatrices import check_sizes
-        from pkt_stages.models.transport import check_shapes
 
         its, target = self._profile, self.sizes(self._profile.target)
         if target is None:
@@ -206,9 +205,9 @@ class Models:
         for source in its.sources["transport_source"]:
             tuned, base = self.sizes(chat_model(source)), self.sizes(base_model(source))
             if tuned is not None and base is not None:
-                self._try("transport_source", check_shapes, tuned, base, chat_model(source), base_model(source))
+                self._try("transport_source", check_same_shape, tuned, base, chat_model(source), base_model(source))
         if its.in_group("oracle") and its.oracle and (tuned := self.sizes(its.oracle)) is not None:
-            self._try("oracle", check_shapes, tuned, target, its.oracle, its.target)
+            self._try("oracle", check_same_shape, tuned, target, its.oracle, its.target)
         for method in its.methods:
             self._check_method(method, target)
         self._check_vocabularies()

@@ -20,6 +20,7 @@ from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
+from pkt_stages.options import PAIRS_AT_ONCE
 from pkt_stages.params import build, read_params, read_settings
 from pkt_stages.profile import read_profile
 from pkt_stages.reach import Package
@@ -27,12 +28,11 @@ from pkt_stages.stages import code
 from pkt_stages.stages.align import AlignParams
 from pkt_stages.stages.attribute import AttributeParams
 from pkt_stages.stages.compare import CompareParams
-from pkt_stages.stages.correlate import PAIRS_AT_ONCE, CorrelateParams
+from pkt_stages.stages.correlate import CorrelateParams
 from pkt_stages.stages.derive import DeriveParams
 from pkt_stages.stages.distill import DistillParams
 from pkt_stages.stages.finetune import FinetuneParams
 from pkt_stages.stages.generate import GenerateParams
-from pkt_stages.stages.gradients import PAIRS_AT_ONCE as GRADIENT_PAIRS
 from pkt_stages.stages.gradients import GradientsParams
 from pkt_stages.stages.prepare import PrepareParams
 from pkt_stages.stages.scale import ScaleParams
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Params = TypeVar("Params")
 GIB = 2**30
+PROJECTIONS = (*SITES, "ffn_gate", "attn_q", "attn_k")  # of a layer
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 WRITTEN_TOKENS = 150  # per answer of the source that is trained on, about
 START_SECONDS = 10  # of a process: imports, reading weights not counted
@@ -79,8 +80,7 @@ class Machine:
 
 def num_parameters(sizes: Geometry) -> int:
     """Without norms and biases; the head counts even where it is the embedding."""
-    names = (*SITES, "ffn_gate", "attn_q", "attn_k")
-    layer = sum(rows * columns for rows, columns in map(sizes.weight_shape, names))
+    layer = sum(rows * columns for rows, columns in map(sizes.weight_shape, PROJECTIONS))
     return sizes.num_layers * layer + 2 * sizes.vocab_size * sizes.d_model
 
 
@@ -187,8 +187,6 @@ class Estimator:
         (source, size), (target, other) = self._model(options["--source"]), self._model(options["--target"])
         settings = self._settings(options, "gradients", GradientsParams)
         pairs = min(source.num_layers, target.num_layers)
-        from pkt_stages.models.folding import PROJECTIONS
-
         # At the outputs of a layer's seven projections and of its two norms.
         widths = [
             [*(sizes.weight_shape(weight)[0] for weight in PROJECTIONS), sizes.d_model, sizes.d_model]
@@ -198,10 +196,10 @@ class Estimator:
         own = sum(width**2 for side in widths for width in side) * settings.grams
         examples = settings.num_examples or self._prepared(options).count("align")
         tokens = 4 * examples * self._tokens  # of four tasks
-        passes = -(-pairs // GRADIENT_PAIRS)
+        passes = -(-pairs // PAIRS_AT_ONCE)
         return Need(
             flops=2 * tokens * (2 * passes * (size + other) + pairs * (crossed + own)),
-            memory=(size + other) * WIDTHS[settings.dtype] + 8 * min(pairs, GRADIENT_PAIRS) * (crossed + own),
+            memory=(size + other) * WIDTHS[settings.dtype] + 8 * min(pairs, PAIRS_AT_ONCE) * (crossed + own),
             disk=pairs * (crossed + own) * (8 if settings.stored == "float64" else 4),
         )
 

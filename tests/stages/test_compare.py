@@ -18,7 +18,7 @@ from pkt_stages.models.adapters import Adapter
 from pkt_stages.models.changes import Change, DenseDelta, SparseDelta, write_changes
 from pkt_stages.models.load import identity, load_model, resolve
 from pkt_stages.models.lora import Lora, adapter_of, pissa, seeking, site_modules
-from pkt_stages.models.sites import SITES, as_rows, geometry, projection_name, weight_name
+from pkt_stages.models.sites import SITES, as_rows, geometry, module_name, weight_name
 from tests.conftest import make_model
 
 Run = Callable[..., tuple[int, str, str]]
@@ -195,7 +195,7 @@ def trained(target_folder: Path, tmp_path: Path) -> dict[str, Path]:
         tensors[f"{site}.corner"] = torch.zeros(3, 2, dtype=torch.int64)
         for layer in range(3):
             part = torch.randn(sizes.weight_shape(site), generator=draw)
-            tensors[f"{site}.submatrix.{layer}"] = parts[projection_name(layer, site)] = part
+            tensors[f"{site}.submatrix.{layer}"] = parts[module_name(site, layer)] = part
     target = {"model": identity(ref), "geometry": {}}
     artifacts.save(tmp_path / "parts.safetensors", artifacts.SUBMATRICES, tensors, {"target": target})
     lora = Lora(site_modules(LlamaConfig(num_hidden_layers=3)), RANK, ALPHA, 0.0)
@@ -242,7 +242,7 @@ def test_seeking_against_weight_base_and_submatrix(
     model = load_model(resolve(str(target_folder)))
     for site in SITES:
         for layer in range(3):
-            part, module = parts[f"{site}.submatrix.{layer}"], projection_name(layer, site)
+            part, module = parts[f"{site}.submatrix.{layer}"], module_name(site, layer)
             a, b = low_rank_factors(part, RANK)
             start = ALPHA / RANK * (b @ a)
             weight = model.get_parameter(weight_name(layer, site))

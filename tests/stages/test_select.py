@@ -231,6 +231,6 @@ def test_the_base_models_rows_beside_the_trained_ones(
     status, _, err = select(pkt, scored, source_folder, tmp_path, "--base", target_folder)
     assert (status, err) == (
         2,
-        f"pkt: error: {target_folder}: num_layers 3, the source {source_folder} has 4; give the model that its training"
-        " began with\n",
+        f"pkt: error: {source_folder}: num_layers 4, its base model {target_folder} has 3; what training added is the"
+        " difference of two models of one shape\n",
     )
