@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -356,10 +357,17 @@ def folder_hash(folder: Path) -> str:
 
     total = hashlib.sha256()
     for path in sorted([folder / "config.json", *weight_files(ModelRef(str(folder)))]):
+        stat = path.stat()
         total.update(path.name.encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(_digest(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return total.hexdigest()
+
+
+@functools.cache
+def _digest(path: Path, _size: int, _modified: int, _inode: int) -> bytes:
+    """SHA-256 of a file, read once in a process unless it changes: whose weights these are is asked at every door."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
