@@ -151,8 +151,8 @@ def test_sensitivity_goes_on_after_a_kill(
 ) -> None:
     from pkt_stages.models import sensitivity
 
-    _, whole, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
-    _, killed, _, _ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
+    _, whole, *_ = commands(source_folder, target_folder, tmp_path, tmp_path / "whole")
+    _, killed, *_ = commands(source_folder, target_folder, tmp_path, tmp_path / "killed")
     assert pkt(*whole)[0] == 0
     monkeypatch.setattr(sensitivity, "Seldom", lambda num_bytes: lambda save: save())
     real, seen = sensitivity.example_losses, []
