@@ -136,7 +136,7 @@ class Profile:
         oracle: what training made of the target, a model; None if there is none to compare with.
         models: that are evaluated; `attributed`: whose neurons are.
         reexpressed: models that are written in another shape, by name: `of`, `like` and `how`.
-        tasks: in order.
+        tasks: in order; `prepared`: those whose examples the profile makes.
         methods: the table's rows but for the models, in order; controls last.
         pairs: models to compare, by the pair's name: `first` and `second`.
         analysed: `task`, `source`, `methods`, `seeking` and `target_methods`.
@@ -152,6 +152,7 @@ class Profile:
     attributed: list[str]
     reexpressed: Mapping[str, Mapping[str, Any]]
     tasks: list[str]
+    prepared: list[str]
     methods: list[Method]
     every_step: list[str]
     adopted: list[str]
@@ -220,6 +221,7 @@ def examine(path: Path) -> tuple[Profile, list[str]]:
         attributed=lists.names("attributed"),
         reexpressed={name: lists.part("reexpressed", name) for name in lists.part("reexpressed")},
         tasks=[task for task in lists.part("task") if isinstance(task, str)],
+        prepared=list(lists.content.get("prepared_task") or ()),
         methods=methods,
         every_step=lists.names("every_step"),
         adopted=lists.names("adopted"),

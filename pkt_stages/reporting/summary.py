@@ -171,12 +171,14 @@ def facts(
     results: Sequence[Result],
     models: Mapping[str, Mapping[str, Any]],
     tasks: Mapping[str, str],
+    data: Mapping[str, Mapping[str, Any]],
     code: str,
 ) -> list[tuple[str, list[str]]]:
     """What the report is about, as names and lines, as far as the metrics record it.
 
     Args:
         models: by name what was evaluated: `name` and `revision`.
+        data: by task what `pkt prepare` says of its examples, if this profile made them.
         code: the code's fingerprint, or nothing.
     """
     shapes: dict[str, Mapping[str, Any]] = {}
@@ -199,14 +201,34 @@ def facts(
         alias = "" if model["name"] == name else f" ({model['name']})"
         parts = [name, alias, *(f", {role}" for role in roles), size, f"; revision {_short(model['revision'])}"]
         told.append("".join(parts))
-    data = []
+    examples: list[str] = []
+    machines: dict[str, None] = {}
     for task, title in tasks.items():
-        found = next((r.metrics[row][task] for r in results for row in r.metrics if task in r.metrics[row]), None)
-        if found is not None:
-            ids = hashlib.sha256("\n".join(found["ids"]).encode()).hexdigest()[:12]
-            data.append(f"{title}: {len(found['ids'])} test examples, ids {ids}")
+        evaluations = [r.metrics[row][task] for r in results for row in r.metrics if task in r.metrics[row]]
+        machines |= dict.fromkeys(_machine(found.get("machine")) for found in evaluations)
+        if evaluations:
+            ids = hashlib.sha256("\n".join(evaluations[0]["ids"]).encode()).hexdigest()[:12]
+            told_of = f"; {_origin(data[task])}" if task in data else ""
+            examples.append(f"{title}: {len(evaluations[0]['ids'])} test examples, ids {ids}{told_of}")
     code_of = [f"fingerprint {code}; `git log -S {code} -- '*dvc.lock'` finds its commit and date"] if code else []
-    return [(name, lines) for name, lines in (("Models", told), ("Data", data), ("Code", code_of)) if lines]
+    found = {"Models": told, "Data": examples, "Computed by": list(machines), "Code": code_of}
+    return [(name, lines) for name, lines in found.items() if lines]
+
+
+def _origin(prepared: Mapping[str, Any]) -> str:
+    """How many examples each set has, and which file or revision they are from."""
+    counts = ", ".join(f"{n} {name}" for name, n in prepared["counts"].items() if name != "test")
+    pools = "; ".join(
+        f"{name} from {pool['repo']} at {_short(pool['revision'])}"
+        if "repo" in pool
+        else f"{pool['file']} sha256:{pool['sha256'][:12]}"
+        for name, pool in prepared["pools"].items()
+    )
+    return f"{counts}; {pools}"
+
+
+def _machine(found: Mapping[str, str] | None) -> str:
+    return "not recorded" if found is None else ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def _short(revision: str | None) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,12 +161,23 @@ def evaluate(
         result["unscaled"] = metrics(list(unscaled.items()))
     made = [row.made() for row in rows]
     result |= {"model": asked, "made": made[0] if len(made) == 1 else made or None}
+    result["machine"] = computed_by(params.backend, device)
     artifacts.write_json(out, result)
     shown = f"{result['score']:.1f} +- {result['stderr']:.1f} % {result['metric']}, " if "score" in result else ""
     shown = f"{task} {shown}{result['nats']:.4f} +- {result['nats_stderr']:.4f} nats on {result['n']} examples"
     if disputed := result.get("sandbox", {}).get("disputed"):
         shown += f", {disputed} disputed"
     watch.summary("evaluate", shown + (f", {len(found)} runs" if len(found) > 1 else ""), out)
+
+
+def computed_by(backend: str, device: str) -> dict[str, str]:
+    """What last digits depend on: the kind of device and the versions of the libraries that compute."""
+    import torch
+
+    kind = torch.device(device).type
+    libraries = ("torch", "transformers", *(["vllm"] if backend == "vllm" else []))
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return {"device": name} | {library: version(library) for library in libraries}
 
 
 def runs(rows: list[Changes]) -> dict[str, Stored]:

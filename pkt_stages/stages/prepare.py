@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pkt_stages import hub, tasks
+from pkt_stages import artifacts, hub, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.examples import Example, check_ids, read_csv, read_examples, read_jsonl, write_jsonl
 from pkt_stages.options import Stopwatch, option, with_params
@@ -191,6 +191,21 @@ def read_given(data: Path, task: Task, pools: Sequence[str] = ("train", "test"))
     return given
 
 
+def origins(data: Path) -> dict[str, dict[str, str]]:
+    """What `read_given` reads, by set or pool: a `file` and its `sha256`; or a hub `repo` and its `revision`."""
+    found = {}
+    own = SETS if (data / "extract.jsonl").is_file() else ("train",)
+    for name in (*own, "test"):
+        for file in (data / f"{name}.jsonl", data / f"{name}.csv"):
+            if file.is_file():
+                found[name] = {"file": file.name, "sha256": artifacts.content_hash(file)}
+    if (data / hub.POINTER).is_file():
+        for pool in (pool for pool in ("train", "test") if pool not in found):
+            split = hub.read_data_pointer(data / hub.POINTER, pool)
+            found[pool] = {"repo": split.repo, "revision": split.revision}
+    return found
+
+
 @with_params("prepare", PrepareParams)
 def prepare(
     params: PrepareParams,
@@ -204,10 +219,14 @@ def prepare(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for extract, align, train, transfer and test .jsonl.")],
+    metrics: Annotated[Path | None, typer.Option(help="Where to write what the sets were drawn from (JSON).")] = None,
 ) -> None:
     """Turn a benchmark's rows into prompts and draw the example sets."""
     watch = Stopwatch()
     sets = run(read_given(data, tasks.load(task)), params)
     for name, examples in sets.items():
         write_jsonl(out / f"{name}.jsonl", [example.to_row() for example in examples])
+    if metrics is not None:
+        counts = {name: len(examples) for name, examples in sets.items()}
+        artifacts.write_json(metrics, {"task": task, "counts": counts, "pools": origins(data)})
     watch.summary("prepare", ", ".join(f"{len(examples)} {name}" for name, examples in sets.items()), out)

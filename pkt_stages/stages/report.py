@@ -75,6 +75,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
         if (found := analysed.read("neurons", model, task, keys=("params", "attribution", "examples"))) is not None
     ]
     before = diagnostics.measured(analysed, profile)
+    prepared = analysed.by_task(profile.prepared, "data", keys=("counts", "pools"))
     if not evaluated.partial:
         check_nothing_else((evaluated, analysed), profile.path)
     num_missing = len(evaluated.missing | analysed.missing)
@@ -116,7 +117,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
             target=profile.target,
             banner=banner,
             said=said,
-            facts=summary.facts(profile, results, identities, titles, code),
+            facts=summary.facts(profile, results, identities, titles, prepared, code),
             figure={drawing.name: number for number, drawing in enumerate(drawings, start=1)},
             ladders=ladders,
             climbs=climbs,

@@ -82,11 +82,16 @@ def test_the_box_says_what_the_metrics_record(tmp_path: Path) -> None:
     alignment = {"params": {}, "selection": {}, "chosen_step": 1, "steps": [], "validation_loss_without_delta": 2.0}
     alignment["target"] = {"model": {"name": "m"}, "geometry": geometry}
     write_json(tmp_path / "align/laten/s/gsm8k.json", alignment)
+    machine = {"device": "cpu", "torch": "2.0", "transformers": "5.0"}
     for row in ("s-chat", "t", "laten/s"):
-        write_json(tmp_path / f"{row}/gsm8k.json", metrics([1, 0, 0, 1]))
+        one = {"machine": machine} if row == "t" else {}
+        write_json(tmp_path / f"{row}/gsm8k.json", metrics([1, 0, 0, 1]) | one)
     made = [result(Folder(tmp_path), Folder(tmp_path), found, "s", {"laten": "LaTen"}, [])]
     models = {"t": {"name": "m", "revision": "sha256:" + "a" * 64}, "c": {"name": "c", "revision": None}}
-    assert facts(found, made, models, TASKS, "abc") == [
+    counts = {"extract": 32, "align": 80, "test": 4}
+    pools = {"train": {"file": "train.jsonl", "sha256": "b" * 64}, "test": {"repo": "o/g", "revision": "c" * 40}}
+    data = {"gsm8k": {"counts": counts, "pools": pools}}
+    assert facts(found, made, models, TASKS, data, "abc") == [
         (
             "Models",
             [
@@ -94,6 +99,13 @@ def test_the_box_says_what_the_metrics_record(tmp_path: Path) -> None:
                 "c, oracle: the target's own training; revision unpinned",
             ],
         ),
-        ("Data", ["GSM8K: 4 test examples, ids f729ae0cbcc8"]),
+        (
+            "Data",
+            [
+                "GSM8K: 4 test examples, ids f729ae0cbcc8; 32 extract, 80 align; train.jsonl sha256:bbbbbbbbbbbb;"
+                " test from o/g at cccccccccccc"
+            ],
+        ),
+        ("Computed by", ["not recorded", "device cpu, torch 2.0, transformers 5.0"]),
         ("Code", ["fingerprint abc; `git log -S abc -- '*dvc.lock'` finds its commit and date"]),
     ]

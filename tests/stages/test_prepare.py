@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +70,16 @@ def test_the_command(pkt: Run, tmp_path: Path) -> None:
     for name, count in (("train", 20), ("test", 6)):
         rows = [{"question": f"{name} {i}?", "answer": f"Think.\n#### {i}"} for i in range(count)]
         write_jsonl(data / f"{name}.jsonl", rows)
-    counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2, "--test", 5)
-    status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, "--out", tmp_path / "out", *counts)
+    counts = {"extract": 3, "align": 4, "train": 10, "transfer": 2, "test": 5}
+    given = [word for name, count in counts.items() for word in (f"--{name}", count)]
+    given += ["--out", tmp_path / "out", "--metrics", tmp_path / "metrics.json"]
+    status, printed, err = pkt("prepare", "--task", "gsm8k", "--data", data, *given)
     assert status == 0, err
     assert printed.startswith("prepare: 3 extract, 4 align, 10 train, 2 transfer, 5 test ->")
+    made = json.loads((tmp_path / "metrics.json").read_text())
+    assert made["counts"] == counts
+    sha256 = {name: hashlib.sha256((data / f"{name}.jsonl").read_bytes()).hexdigest() for name in ("train", "test")}
+    assert made["pools"] == {name: {"file": f"{name}.jsonl", "sha256": digest} for name, digest in sha256.items()}
     test = read_examples(tmp_path / "out" / "test.jsonl")
     assert all(e.prefix == "Answer:" and e.reference["answer"].isdigit() for e in test)
 
@@ -171,8 +179,13 @@ def test_the_command_on_the_hub(pkt: Run, tmp_path: Path, monkeypatch: pytest.Mo
         f"test: {{repo: o/test, config: c, split: test, revision: '{commit}'}}\n"
     )
     counts = ("--extract", 3, "--align", 4, "--train", 10, "--transfer", 2)
-    status, _, err = pkt("prepare", "--task", "humaneval", "--data", data, "--out", tmp_path / "out", *counts)
+    given = ("prepare", "--task", "humaneval", "--data", data, "--out", tmp_path / "out", *counts)
+    status, _, err = pkt(*given, "--metrics", tmp_path / "metrics.json")
     assert status == 0, err
+    assert json.loads((tmp_path / "metrics.json").read_text())["pools"] == {
+        "train": {"repo": "o/pool", "revision": "main"},
+        "test": {"repo": "o/test", "revision": commit},
+    }
     assert asked == [("o/pool", None, "train", "main"), ("o/test", "c", "test", commit)]
     assert err == "pkt: warning: o/pool at revision main may change; `pkt pin` writes its commit down\n"
     assert {e.answer.split()[0] for e in read_examples(tmp_path / "out/train.jsonl")} == {"Done"}
