@@ -101,10 +101,14 @@ def forest(title: str, intervals: Sequence[Interval], unit: str) -> Image:
 LOWEST = -0.5  # of the recovered gaps that are drawn; what is lower stands at the edge as an arrow
 
 
-def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> Image:
-    """Recovered gap against source, a panel per measure and a line per row; ceilings are dashed without markers."""
+def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]], *, many: bool = False) -> Image:
+    """Recovered gap against source, a panel by its title and a line per row; ceilings are dashed without markers.
+
+    Args:
+        many: a legend beside each panel, one below the other; else one for all.
+    """
     # Many sources need the whole width, one panel below the other.
-    rows, columns = (len(panels), 1) if len(sources) > 4 else (1, len(panels))
+    rows, columns = (len(panels), 1) if many or len(sources) > 4 else (1, len(panels))
     ends = [share + 2 * error for lines in panels.values() for one in lines for _, share, error in one.points]
     highest = max(ends, default=0.0)
     with _drawn((9.6, 1.2 + 3.4 * rows), rows, columns) as (axes, image):
@@ -149,7 +153,9 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> Imag
             axis.set_ylim(LOWEST - 0.02, min(1.5, max(1.12, highest + 0.04)))
             axis.set_xlim(-0.4, len(sources) - 0.6)
             axis.set_xticks(range(len(sources)), sources, rotation=20 if len(sources) > 4 else 0, fontsize=8)
-            axis.set_title(f"in {name}", fontsize=10)
+            axis.set_title(name, fontsize=10)
+            if many:
+                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7.5, frameon=False)
         for axis in axes[::columns]:
             axis.set_ylabel("recovered gap", fontsize=9)
         axes[0].figure.suptitle(
@@ -157,11 +163,12 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]]) -> Imag
             fontsize=11,
         )
         named: dict[str, Any] = {}
-        for axis in axes:
+        for axis in axes if not many else ():
             named |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        axes[0].figure.legend(
-            list(named.values()), list(named), loc="outside lower center", ncol=4, fontsize=8, frameon=False
-        )
+        if named:
+            axes[0].figure.legend(
+                list(named.values()), list(named), loc="outside lower center", ncol=4, fontsize=8, frameon=False
+            )
     return image
 
 

@@ -23,6 +23,7 @@ from pkt_stages.reporting.table import MODELS, Row, aligned
 
 MEASURES = (NATS, POINTS)
 SURE = 2.0  # standard errors from which on a row is called better than nothing
+MOST, FITTING = 12, 7  # lines that one panel holds, ceilings included; and, of a figure with several, without them
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Climb:
     """A row's recovered gaps.
 
     Attributes:
+        family: what makes it and its controls.
         by_task: by source and task, at the factor of the change that was chosen; None: no gap is shown there.
         unscaled: the same at factor 1, of rows whose factor was chosen.
         scales: by source the chosen factors by change.
@@ -38,6 +40,7 @@ class Climb:
     slug: str
     group: str
     label: str
+    family: str
     by_source: bool
     by_task: Mapping[str, Mapping[str, Recovery | None]]
     unscaled: Mapping[str, Mapping[str, Recovery | None]]
@@ -136,7 +139,8 @@ def ladder(profile: Profile, results: Sequence[Result], oracle: Mapping[str, Any
                 unscaled[result.source], scales[result.source] = at_one, factors
         method = next((m for m in profile.methods if m.name == head.slug), None)
         varies = method is not None and method.by_source
-        climbs.append(Climb(head.slug, head.group, head.label, varies, by_source, unscaled, scales))
+        family = method.code or method.group if method is not None else ""
+        climbs.append(Climb(head.slug, head.group, head.label, family, varies, by_source, unscaled, scales))
     return Ladder(measure, [result.source for result in results], tasks, climbs)
 
 
@@ -167,25 +171,59 @@ def sentences(ladder: Ladder) -> list[tuple[str, str]]:
     return told
 
 
-def drawing(ladders: Sequence[Ladder]) -> Drawing:
-    """Sources along x, the mean recovered gap along y, a panel per measure."""
-    panels = {}
-    for one in ladders:
-        lines = []
-        for climb in one.climbs:
-            means = [climb.mean(source) for source in one.sources]
-            points = [(i, r.share, r.stderr) for i, r in enumerate(means) if r is not None]
-            if not points or (not climb.by_source and climb.group != CEILINGS):
-                continue
-            kind = {CEILINGS: "ceiling", CONTROLS: "control"}.get(climb.group, "method")
-            lines.append(Line(climb.label, kind, points))
-        panels[one.measure.name] = lines
+def drawings(ladders: Sequence[Ladder]) -> list[Drawing]:
+    """Sources along x, the mean recovered gap along y: a panel per measure; or, where that were too many lines, a
+    figure per measure, with panels of families of methods, each beside its controls and the ceilings.
+    """
+    if not ladders:
+        return []
     caption = (
         "Recovered gap by source, mean over tasks with two standard errors: the share of the gain of the target's own"
         " training that each row has. Dashed without markers: the ceilings, that training with all weights, and of"
         " the layers' projections alone; open orange: controls; an arrow marks a value below the axis."
     )
-    return Drawing("recovered_gap_by_source", figures.ladder(ladders[0].sources, panels), caption, wide=True)
+    name, sources = "recovered_gap_by_source", ladders[0].sources
+    lines = {one.measure.name: _lines(one) for one in ladders}
+    if all(len(of) <= MOST for of in lines.values()):
+        panels = {f"in {measure}": [line for _, line in pairs] for measure, pairs in lines.items()}
+        return [Drawing(name, figures.ladder(sources, panels), caption, wide=True)]
+    return [
+        Drawing(
+            f"{name}_{measure}",
+            figures.ladder(sources, _panels(of, measure), many=True),
+            f"In {measure}. {caption}",
+            wide=True,
+        )
+        for measure, of in lines.items()
+    ]
+
+
+def _lines(ladder: Ladder) -> list[tuple[str, Line]]:
+    """The lines of the figure, each with its family."""
+    lines = []
+    for climb in ladder.climbs:
+        means = [climb.mean(source) for source in ladder.sources]
+        points = [(i, r.share, r.stderr) for i, r in enumerate(means) if r is not None]
+        if not points or (not climb.by_source and climb.group != CEILINGS):
+            continue
+        kind = {CEILINGS: "ceiling", CONTROLS: "control"}.get(climb.group, "method")
+        lines.append((climb.family, Line(climb.label, kind, points)))
+    return lines
+
+
+def _panels(lines: Sequence[tuple[str, Line]], measure: str) -> dict[str, list[Line]]:
+    """Families in their order, as many in a panel as fit; the ceilings are in each."""
+    ceilings = [line for _, line in lines if line.kind == "ceiling"]
+    families: dict[str, list[Line]] = {}
+    for family, line in lines:
+        if line.kind != "ceiling":
+            families.setdefault(family, []).append(line)
+    panels: list[list[Line]] = [[]]
+    for members in families.values():
+        if panels[-1] and len(panels[-1]) + len(members) > FITTING:
+            panels.append([])
+        panels[-1] += members
+    return {f"in {measure}, {i} of {len(panels)}": ceilings + panel for i, panel in enumerate(panels, start=1)}
 
 
 def markdown(ladders: Sequence[Ladder], told: Sequence[tuple[str, str]]) -> str:

@@ -52,7 +52,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
         UserError: metrics that are missing, or that are not listed; neither in a partial look.
     """
     from pkt_stages.reporting import analysis, diagnostics, paper, scores, summary, table
-    from pkt_stages.reporting.ladder import MEASURES, drawing, ladder, sentences
+    from pkt_stages.reporting.ladder import MEASURES, drawings, ladder, sentences
     from pkt_stages.reporting.ladder import markdown as climbed
     from pkt_stages.reporting.measure import NATS
     from pkt_stages.reporting.page import page
@@ -91,16 +91,16 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
         known = models[profile.oracle]
         ladders = [made for m in MEASURES if (made := ladder(profile, results, known, m)) is not None]
     alike = diagnostics.diagnostics(before, next((one for one in ladders if one.measure is NATS), None))
-    climbs = [drawing(ladders)] if ladders else []
+    climbs = drawings(ladders)
     told = sentences(ladders[0]) if ladders else []
     drawn = [result.drawings(titles) for result in results]
     sections = ([alike.section()] if alike is not None else []) + analysis.sections(compared, neurons)
-    drawings = climbs + [d for by_kind in drawn for group in by_kind.values() for d in group]
-    drawings += [d for section in sections for d in section.drawings]
+    figures = climbs + [d for by_kind in drawn for group in by_kind.values() for d in group]
+    figures += [d for section in sections for d in section.drawings]
     identities = {name: next(iter(by_task.values()))["model"] for name, by_task in models.items() if by_task}
     said = summary.sentences(profile, results, titles)
     return Report(
-        summary=f"{sum(len(r.points) for r in results)} rows on {len(titles)} tasks, {len(drawings)} figures",
+        summary=f"{sum(len(r.points) for r in results)} rows on {len(titles)} tasks, {len(figures)} figures",
         numbers={f"{r.source}-{r.target}": r.numbers() for r in results}
         | ({"recovered": {made.measure.name: made.numbers() for made in ladders}} if ladders else {})
         | ({"diagnostics": alike.numbers()} if alike is not None else {}),
@@ -118,7 +118,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
             banner=banner,
             said=said,
             facts=summary.facts(profile, results, identities, titles, prepared, code),
-            figure={drawing.name: number for number, drawing in enumerate(drawings, start=1)},
+            figure={drawing.name: number for number, drawing in enumerate(figures, start=1)},
             ladders=ladders,
             climbs=climbs,
             told=told,
@@ -130,7 +130,7 @@ def run(profile: Profile, evaluated: Folder, analysed: Folder, code: str = "") -
             in_force=in_force(used(profile, results, titles, compared, neurons)),
             params=profile.path.read_text(encoding="utf-8-sig"),
         ),
-        drawings=drawings,
+        drawings=figures,
         scores=scores.flat(profile, results),
         rows=scores.tidy(results, profile.tasks),
         latex=scores.latex(results, titles),

@@ -34,8 +34,8 @@ def sources(folder: Path, names: str) -> tuple[Profile, Ladder]:
         write_json(folder / f"analysis/correlate/{name}.json", {"diagnostics": alike})
     shares = {name: {"gsm8k": Recovery(SOURCES[name][0], 0.01)} for name in names}
     climbs = [
-        Climb("own", "Ceilings", "ceiling", False, shares, {}, {}),
-        Climb("matched", "Transport", "matched transport", True, shares, {}, {}),
+        Climb("own", "Ceilings", "ceiling", "own", False, shares, {}, {}),
+        Climb("matched", "Transport", "matched transport", "matched", True, shares, {}, {}),
     ]
     return found, Ladder(NATS, list(names), ["gsm8k"], climbs)
 

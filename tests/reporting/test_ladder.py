@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from pkt_stages.artifacts import write_json
-from pkt_stages.reporting.ladder import Ladder, drawing, ladder, markdown, sentences
+from pkt_stages.core.statistics import Recovery
+from pkt_stages.reporting.figures import Image, Line
+from pkt_stages.reporting.ladder import Climb, Ladder, drawings, ladder, markdown, sentences
 from pkt_stages.reporting.measure import NATS, POINTS
 from pkt_stages.reporting.paper import titles
 from pkt_stages.reporting.reading import Folder
@@ -126,8 +128,30 @@ def test_words_tables_and_figure(tmp_path: Path) -> None:
     )
     assert "\n\nRecovered gap, nats, mean over tasks\n\n| recovered, %" in text
     assert "Recovered gap, points, mean over tasks" in text
-    drawn = drawing(both)
-    assert drawn.image.png.startswith(b"\x89PNG") and drawn.image == drawing(both).image
+    (drawn,) = drawings(both)
+    assert drawn.image.png.startswith(b"\x89PNG") and drawn.image == drawings(both)[0].image
+
+
+def test_many_rows_stand_in_panels_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[str]] = {}
+
+    def draw(sources: list[str], panels: dict[str, list[Line]], *, many: bool = False) -> Image:
+        assert many and sources == ["s"]
+        seen.update({title: [line.label for line in lines] for title, lines in panels.items()})
+        return Image()
+
+    monkeypatch.setattr("pkt_stages.reporting.figures.ladder", draw)
+    gap: dict[str, dict[str, Recovery | None]] = {"s": {"gsm8k": Recovery(0.5, 0.1)}}
+    rows = [("Ceilings", "own", "own"), *(("Transport", f"{kind}{i}", kind) for kind in "abc" for i in range(4))]
+    rows.append(("Controls", "control of b", "b"))
+    climbs = [Climb(name, group, name, family, group != "Ceilings", gap, {}, {}) for group, name, family in rows]
+    (drawn,) = drawings([Ladder(NATS, ["s"], ["gsm8k"], climbs)])
+    assert drawn.name == "recovered_gap_by_source_nats" and drawn.caption.startswith("In nats. Recovered gap")
+    assert seen == {
+        "in nats, 1 of 3": ["own", "a0", "a1", "a2", "a3"],
+        "in nats, 2 of 3": ["own", "b0", "b1", "b2", "b3", "control of b"],
+        "in nats, 3 of 3": ["own", "c0", "c1", "c2", "c3"],
+    }
 
 
 def test_a_task_without_a_gap_has_no_share(tmp_path: Path) -> None:
