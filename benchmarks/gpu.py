@@ -232,24 +232,21 @@ class Attribution:
     def sharper(self) -> dict[str, Any]:
         """One FFN with coefficients so large that about one pair in a hundred takes the plain path."""
         subvalues, residual, c = self._ffn()
-        base = self.plain.log_p(residual)
+        log_p = core.log_softmax(self.plain.logits(residual))
+        [base] = core.bases(log_p[None], self.plain.token, self.plain.centred)
         scaled = c[None] / self.plain.divisor[:, None]
         factor, share = 1.0, 0.0
         while share < 0.01 and factor < 1e9:
             factor *= 2
-            found = core.neuron_scores(
-                subvalues, self.plain.centred, base, scaled * factor, self.plain.token, fused=self.fused.fused
-            )
+            found = core.neuron_scores(subvalues, self.plain.centred, base, scaled * factor, fused=self.fused.fused)
             share = found.num_plain / c.numel()
 
         def score(form: core.Powers | None) -> core.Scores:
-            return core.neuron_scores(
-                subvalues, self.plain.centred, base, scaled * factor, self.plain.token, fused=form
-            )
+            return core.neuron_scores(subvalues, self.plain.centred, base, scaled * factor, fused=form)
 
         found, oracle = score(self.fused.fused), score(None)
         every = core.neuron_scores(
-            subvalues[:256], self.plain.centred, base, scaled[..., :256] * factor, self.plain.token, tolerance=0.0
+            subvalues[:256], self.plain.centred, base, scaled[..., :256] * factor, tolerance=0.0
         ).values
         return {
             "plain_share": share,

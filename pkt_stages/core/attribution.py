@@ -28,11 +28,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Neurons and vocabulary entries of one tile of G: a CPU's tile stays in its cache, a GPU's fills its multiprocessors.
-TILES = {"cpu": (384, 1024), "cuda": (16384, 8192)}
+# Neurons and vocabulary entries of one tile of G: large, so that a product takes little beside its arithmetic.
+TILES = {"cpu": (1536, 512), "cuda": (16384, 8192)}
+POWERS_TILE = {"cpu": 192, "cuda": 16384}  # of its neurons, those whose powers are formed at a time: a CPU's cache
 PLAIN_TILE = {"cpu": 2**22, "cuda": 2**28}  # entries of G held at a time on the plain path
 WIDE_TILE = 8192  # rows of U that are widened to float64 at a time on the plain path
-MEAN_TILE = 256  # the same for the mean of the rest, where they stay in a cache
+MEAN_TILE = 256  # the same where all of U is gone over for a mean, so that they stay in a cache
 LENS_TILE = 2**24  # logits of vectors that are held at a time
 NUM_EXACT = 8  # tokens of each example that are taken one by one
 # What rounding may do to E_q[G^k], relative to E_q[|G|^k]: float32 sums over a vocabulary, or a tensor core's.
@@ -66,20 +67,20 @@ def lens_divisor(final: Float[Tensor, "*batch d_model"], eps: float, norm: str) 
 
 def logits(
     unembedding: Float[Tensor, "vocab d_model"],
-    residual: Float[Tensor, "example d_model"],
-    divisor: Float[Tensor, " example"],
+    residual: Float[Tensor, "*#batch d_model"],
+    divisor: Float[Tensor, "*#batch"],
     shift: Float[Tensor, " vocab"] | None = None,
-) -> Float[Tensor, "example vocab"]:
+) -> Float[Tensor, "*batch vocab"]:
     """Logits of the lens, float32.
 
     Args:
         shift: what the final norm's bias adds.
     """
-    found = residual @ unembedding.mT / divisor[:, None]
+    found = residual @ unembedding.mT / divisor[..., None]
     return found if shift is None else found + shift
 
 
-def log_softmax(logits: Float[Tensor, "example vocab"], softcap: float | None = None) -> Float[Tensor, "example vocab"]:
+def log_softmax(logits: Float[Tensor, "*batch vocab"], softcap: float | None = None) -> Float[Tensor, "*batch vocab"]:
     """log p of logits, float64, or of softcap * tanh(logits / softcap)."""
     exact = logits.double()
     return torch.log_softmax(exact if softcap is None else softcap * (exact / softcap).tanh(), dim=-1)
@@ -102,7 +103,7 @@ def block_gain(
 
 
 @dataclass(frozen=True)
-class _Base:
+class Base:
     """The examples' distributions before a neuron is added: tokens that are taken one by one, and the rest.
 
     Attributes:
@@ -126,31 +127,46 @@ class _Base:
     mean: Tensor
 
 
-def _base(log_p: Tensor, token: Tensor, unembedding: Tensor) -> _Base:
+@torch.no_grad()
+def bases(
+    log_p: Float[Tensor, "stream example vocab"],
+    token: Int[Tensor, " example"],
+    unembedding: Float[Tensor, "vocab d_model"],
+) -> list[Base]:
+    """The bases of several streams of the same examples: U is widened to float64 once for all of them.
+
+    Args:
+        log_p: log p(. | stream) of each example.
+        token: w of each example.
+        unembedding: U, centred over the vocabulary (`centred`).
+    """
     log_p = log_p.double()
-    ranked = log_p.scatter(-1, token[:, None], torch.inf)
-    chosen = ranked.topk(min(NUM_EXACT, log_p.shape[-1]), dim=-1).indices
-    others = log_p.scatter(-1, chosen, -torch.inf)
-    largest = others.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    rest = others.sub_(largest).exp_()
+    own = token.expand(log_p.shape[:-1])[..., None]
+    chosen = log_p.scatter(-1, own, torch.inf).topk(min(NUM_EXACT, log_p.shape[-1]), dim=-1).indices
+    rest = log_p.scatter(-1, chosen, -torch.inf)
+    largest = rest.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    rest.sub_(largest).exp_()
     total = rest.sum(-1, keepdim=True)
-    log_rest = (largest + total.log())[:, 0]
+    log_rest = (largest + total.log())[..., 0]
     rest /= total.clamp_min(1.0)  # is at least 1, or 0 where there are no others
-    tokens, exact = chosen.unique(return_inverse=True)
-    mean = log_p.new_zeros(len(log_p), unembedding.shape[1])
+    mean = log_p.new_zeros(*log_p.shape[:-1], unembedding.shape[1])
     wide = log_p.new_empty(min(MEAN_TILE, len(unembedding)), unembedding.shape[1])
-    for q, u in zip(rest.split(MEAN_TILE, 1), unembedding.split(MEAN_TILE), strict=True):
-        mean.addmm_(q, wide[: len(u)].copy_(u))
-    return _Base(log_p, token, tokens, exact, log_p.gather(-1, chosen), log_rest, rest.float().mT.contiguous(), mean)
+    for q, u in zip(rest.flatten(0, 1).split(MEAN_TILE, 1), unembedding.split(MEAN_TILE), strict=True):
+        mean.flatten(0, 1).addmm_(q, wide[: len(u)].copy_(u))
+    log_exact, rest = log_p.gather(-1, chosen), rest.float().mT.contiguous()
+    found = []
+    for p, taken, *others in zip(log_p, chosen, log_exact, log_rest, rest, mean, strict=True):
+        tokens, exact = taken.unique(return_inverse=True)
+        found.append(Base(p, token, tokens, exact, *others))
+    return found
 
 
 @torch.no_grad()
 def neuron_scores(
     subvalues: Float[Tensor, "neuron d_model"],
     unembedding: Float[Tensor, "vocab d_model"],
-    log_p: Float[Tensor, "example vocab"],
+    base: Base,
     coefficients: Float[Tensor, "variant example neuron"],
-    token: Int[Tensor, " example"],
     *,
     tolerance: float = 1e-6,
     fused: Powers | None = None,
@@ -160,14 +176,12 @@ def neuron_scores(
     Args:
         subvalues: the neurons' subvalues v_n.
         unembedding: U = W_U * gamma, centred over the vocabulary (`centred`); the shift cancels in the score.
-        log_p: log p(. | base) of each example.
+        base: of the examples, from `bases`.
         coefficients: c_n / rms per example; variants share the base (kinds of attention coefficient).
-        token: w of each example.
         tolerance: the largest error in nats that the moments may make; pairs above it take the plain path, at 0 all.
         fused: takes the place of `powers` on a device that has a kernel for it; given subvalues and the rest.
     """
     form = fused or (lambda v, rest: powers(v, unembedding, rest))
-    base = _base(log_p, token, unembedding)
     at_tokens = unembedding[base.tokens].double()
     scores, plain = [], 0
     tile, _ = TILES[subvalues.device.type]
@@ -184,7 +198,8 @@ def neuron_scores(
 
 def centred(unembedding: Float[Tensor, "vocab d_model"]) -> Float[Tensor, "vocab d_model"]:
     """Subtract the mean row: adds the same to all logits, so no probability changes, and moments stay small."""
-    return (unembedding - unembedding.double().mean(0)).float()
+    total = torch.stack([some.double().sum(0) for some in unembedding.split(MEAN_TILE)]).sum(0)
+    return unembedding - (total / len(unembedding)).float()
 
 
 def powers(
@@ -196,22 +211,24 @@ def powers(
     sums = subvalues.new_zeros(3, len(subvalues), rest.shape[1])
     high = subvalues.new_full((len(subvalues),), -torch.inf)
     low = subvalues.new_full((len(subvalues),), torch.inf)
-    tile = min(TILES[subvalues.device.type][1], len(unembedding))
+    tile, rows = min(TILES[subvalues.device.type][1], len(unembedding)), POWERS_TILE[subvalues.device.type]
     # Two tiles for all of the vocabulary: new memory costs more than what is done in it.
-    direction, power = subvalues.new_empty(2, len(subvalues), tile)
+    direction, power = subvalues.new_empty(len(subvalues), tile), subvalues.new_empty(rows, tile)
+    sums_of = list(zip(*(s.split(rows) for s in sums), strict=True))
     for u, q in zip(unembedding.split(tile), rest.split(tile), strict=True):
-        g, product = direction[:, : len(u)], power[:, : len(u)]
-        torch.mm(subvalues, u.mT, out=g)
+        g = torch.mm(subvalues, u.mT, out=direction[:, : len(u)])
         # Two reductions: aminmax over a dimension is thirty times slower on a CPU.
         torch.maximum(high, g.amax(1), out=high)
         torch.minimum(low, g.amin(1), out=low)
-        sums[0].addmm_(torch.mul(g, g, out=product), q)
-        for k in (1, 2):
-            sums[k].addmm_(product.mul_(g), q)
+        for some, (second, third, fourth) in zip(g.split(rows), sums_of, strict=True):
+            square = torch.mul(some, some, out=power[: len(some), : len(u)])
+            second.addmm_(square, q)
+            third.addmm_(some.mul_(square), q)
+            fourth.addmm_(square.mul_(square), q)
     return sums, high, low
 
 
-def _by_moments(subvalues: Tensor, at_tokens: Tensor, base: _Base, c: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
+def _by_moments(subvalues: Tensor, at_tokens: Tensor, base: Base, c: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
     """Scores [variant, example, neuron] and a bound of their error in nats; float64.
 
     Args:
@@ -220,24 +237,26 @@ def _by_moments(subvalues: Tensor, at_tokens: Tensor, base: _Base, c: Tensor, po
     """
     sums, high, low = powers(subvalues, base.rest)
     exact = subvalues.double()
-    mean = base.mean @ exact.mT
-    e2, e3, e4 = (t.mT for t in sums.double())
+    # One product for means under q and G at tokens.
+    mean, at_tokens = (torch.cat([base.mean, at_tokens]) @ exact.mT).tensor_split([len(base.mean)])
+    e2, e3, e4 = sums.mT.contiguous().double()
     # Central moments of G under q, then those of x = c G.
     v2 = (e2 - mean**2).clamp_min(0)
-    v3 = e3 - 3 * mean * e2 + 2 * mean**3
-    v4 = (e4 - 4 * mean * e3 + 6 * mean**2 * e2 - 3 * mean**4).clamp_min(0)
-    spread = torch.maximum(high.double() - mean, mean - low.double()).clamp_min(0)
-    size = e4.clamp_min(0) ** 0.25  # E_q[|G|^k] <= size^k for k <= 4
-    moments = torch.log1p((c**2 * v2 / 2 + c**3 * v3 / 6 + c**4 * v4 / 24).clamp_min(0))
+    v3 = e3 - mean * (3 * e2 - 2 * mean**2)
+    v4 = (e4 - mean * (4 * e3 - mean * (6 * e2 - 3 * mean**2))).clamp_min(0)
+    c2 = c**2
+    moments = torch.log1p((c2 * (v2 / 2 + c * (v3 / 6) + c2 * (v4 / 24))).clamp_min(0))
     log_rest = base.log_rest[:, None] + c * mean + moments
-    a, y = c.abs() * spread, c.abs() * size
-    remainder = a * (c**4 * v4 + 11 * ROUNDING * y**4) * a.exp() / 120
-    rounding = ROUNDING * (y**2 / 2 + 4 * y**3 / 6 + 11 * y**4 / 24)
+    spread = torch.maximum(high.double() - mean, mean - low.double()).clamp_min(0)
+    size2 = e4.clamp_min(0).sqrt()  # E_q[|G|^k] <= size^k for k <= 4
+    a, y, y2 = c.abs() * spread, c.abs() * size2.sqrt(), c2 * size2
+    remainder = a * (c2**2 * v4 + 11 * ROUNDING * y2**2) * a.exp() / 120
+    rounding = ROUNDING * y2 * (1 / 2 + 4 * y / 6 + 11 * y2 / 24)
 
-    g = exact @ at_tokens.mT  # [neuron, token]
-    x = c[..., None] * g.mT[base.exact].transpose(1, 2)  # [variant, example, neuron, exact]
-    at_token = x[..., 0]
-    log_top = (x + base.log_exact[:, None, :] - x[..., :1]).logsumexp(-1)
+    own = at_tokens[base.exact]  # G [example, exact, neuron]
+    at_token = c * own[:, 0]
+    relative = torch.addcmul(base.log_exact[..., None], c[:, :, None], own - own[:, :1])
+    log_top = relative.logsumexp(2)
     log_rest = log_rest - at_token
     total = torch.logaddexp(log_top, log_rest)
     bound = (log_rest - total).exp() * torch.expm1(remainder + rounding)
@@ -246,7 +265,7 @@ def _by_moments(subvalues: Tensor, at_tokens: Tensor, base: _Base, c: Tensor, po
 
 
 def _replace_plain(
-    values: Tensor, chosen: Tensor, subvalues: Tensor, unembedding: Tensor, base: _Base, c: Tensor
+    values: Tensor, chosen: Tensor, subvalues: Tensor, unembedding: Tensor, base: Base, c: Tensor
 ) -> None:
     """Overwrite the chosen pairs' scores by a log-sum-exp over the vocabulary; logits float64, exponentials float32."""
     columns = max(1, PLAIN_TILE[subvalues.device.type] // len(unembedding))

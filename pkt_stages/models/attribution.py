@@ -50,12 +50,9 @@ class Examples:
 
     def logits(self, residual: Tensor) -> Tensor:
         """Logits of the lens [norm * example, vocab], not capped, for residuals [example, d_model]."""
-        every = residual.repeat(len(self.norms), 1)
-        return core.logits(self.lens.unembedding, every, self.divisor, self.lens.shift)
-
-    def log_p(self, residual: Tensor) -> Tensor:
-        """log p of the lens, likewise."""
-        return core.log_softmax(self.logits(residual), self.lens.softcap)
+        divisor = self.divisor.unflatten(0, (len(self.norms), -1))
+        # One product, however many norms see it.
+        return core.logits(self.lens.unembedding, residual[None], divisor, self.lens.shift).flatten(0, 1)
 
 
 def on_lens(
@@ -112,27 +109,30 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
     token = examples.token.repeat(len(examples.norms))
     before = examples.stacked("layer_input", layer)
     between = before + examples.stacked("attn_output", layer)
-    p_before, p_between = examples.log_p(before), examples.log_p(between)
     # Where both blocks read the same stream, it is the base of the FFN's neurons, too.
-    base_ffn, p_base_ffn = (before, p_before) if in_parallel(examples.model.config) else (between, p_between)
-    p_after = examples.log_p(base_ffn + examples.stacked("ffn_output", layer))
+    of_ffn = 0 if in_parallel(examples.model.config) else 1
+    after = (before, between)[of_ffn] + examples.stacked("ffn_output", layer)
+    softcap = examples.lens.softcap
+    logits = [examples.logits(stream) for stream in (before, between, after)]
+    log_p = torch.stack([core.log_softmax(of_stream, softcap) for of_stream in logits])
     made = {
-        "attn_gain": core.block_gain(p_before, p_between, token),
-        "ffn_gain": core.block_gain(p_base_ffn, p_after, token),
+        "attn_gain": core.block_gain(log_p[0], log_p[1], token),
+        "ffn_gain": core.block_gain(log_p[of_ffn], log_p[2], token),
     }
-    for sublayer, stream, base, names in (
-        ("attn", before, p_before, [COEFFICIENTS[kind] for kind in examples.coefficients]),
-        ("ffn", base_ffn, p_base_ffn, ["ffn_coefficients"]),
+    bases = core.bases(log_p[: of_ffn + 1], token, examples.centred) if softcap is None else []
+    for sublayer, stream, names in (
+        ("attn", 0, [COEFFICIENTS[kind] for kind in examples.coefficients]),
+        ("ffn", of_ffn, ["ffn_coefficients"]),
     ):
         vectors = _subvalues(examples, layer, sublayer)
         scaled = [examples.stacked(n, layer).repeat(len(examples.norms), 1) / examples.divisor[:, None] for n in names]
         c = torch.stack(scaled)
-        if (softcap := examples.lens.softcap) is not None:
-            logits, unembedding = examples.logits(stream), examples.lens.unembedding
-            found = core.capped_neuron_scores(vectors, unembedding, logits, c, token, softcap)
+        if softcap is not None:
+            unembedding = examples.lens.unembedding
+            found = core.capped_neuron_scores(vectors, unembedding, logits[stream], c, token, softcap)
         else:
             found = core.neuron_scores(
-                vectors, examples.centred, base, c, token, tolerance=tolerance, fused=examples.fused
+                vectors, examples.centred, bases[stream], c, tolerance=tolerance, fused=examples.fused
             )
         made[sublayer] = found.values
         made[f"{sublayer}_plain"] = torch.tensor([found.num_plain])
@@ -190,9 +190,7 @@ def _best_neurons(
         Layers and neurons [example, top, 2]; tokens [example, top, lens_token].
     """
     name = "ffn_coefficients" if sublayer == "ffn" else COEFFICIENTS[examples.coefficients[0]]
-    count = min(num_neurons, scores[0].numel())
-    ranked = scores.flatten(1).to(examples.centred.device).sort(descending=True, stable=True).indices
-    best = ranked[:, :count]
+    best = _first(scores.flatten(1).to(examples.centred.device), min(num_neurons, scores[0].numel()))
     where = torch.stack([best // scores.shape[-1], best % scores.shape[-1]], dim=-1)
     # Which tokens a neuron raises depends on the sign of its coefficient alone: once for all examples that share it.
     coefficients = torch.stack([getattr(captured, name).flatten() for captured in examples.captured])
@@ -204,6 +202,16 @@ def _best_neurons(
         vectors.append(_subvalues(examples, layer, sublayer, neurons) * sign[:, None])
     tokens = core.lens_tokens(torch.cat(vectors), examples.centred, min(num_tokens, len(examples.centred)))
     return where.cpu(), tokens[own].unflatten(0, best.shape)
+
+
+def _first(scores: Tensor, count: int) -> Tensor:
+    """Where the largest of each row stand, [row, count], best first; ties go by index."""
+    least = scores.topk(count).values[:, -1:]
+    found = []
+    for row, below in zip(scores, scores < least, strict=True):
+        near = (~below).nonzero()[:, 0]  # few; a stable sort of all is slow
+        found.append(near[row[near].sort(descending=True, stable=True).indices[:count]])
+    return torch.stack(found)
 
 
 def _subvalues(examples: Examples, layer: int, sublayer: str, neurons: Any = slice(None)) -> Tensor:

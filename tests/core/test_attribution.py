@@ -34,7 +34,8 @@ def ours(case: dict[str, torch.Tensor], tolerance: float = 1e-6) -> core.Scores:
     log_p = core.log_probabilities(case["unembedding"], case["residual"], case["divisor"])
     scaled = case["coefficients"] / case["divisor"][:, None]
     centred = core.centred(case["unembedding"])
-    return core.neuron_scores(case["subvalues"], centred, log_p, scaled, case["token"], tolerance=tolerance)
+    [base] = core.bases(log_p[None], case["token"], centred)
+    return core.neuron_scores(case["subvalues"], centred, base, scaled, tolerance=tolerance)
 
 
 def oracle(case: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -76,13 +77,14 @@ def test_sharp_bases(held: int, spread: float) -> None:
     token = torch.tensor([20, 3, 20 + held - 1])  # the second one is in none of them
     u = core.centred(unembedding)
     c = torch.randn(2, 3, 80, generator=g) * spread / (rows @ u.T).std()
-    found = core.neuron_scores(rows, u, log_p, c, token)
+    [base] = core.bases(log_p[None], token, u)
+    found = core.neuron_scores(rows, u, base, c)
     x = c.double()[..., None] * (rows.double() @ u.double().T)
     moved = x - x[:, [0, 1, 2], :, token].transpose(0, 1)[..., None]
     exact = -(moved + log_p[:, None]).logsumexp(-1)
     error = (found.values.double() - exact).abs()
     assert (error < 1.1e-6 + 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
-    plain = core.neuron_scores(rows, u, log_p, c, token, tolerance=0.0)
+    plain = core.neuron_scores(rows, u, base, c, tolerance=0.0)
     assert plain.num_plain == c.numel()
     assert ((plain.values.double() - exact).abs() < 1.1e-6 + 4 * torch.finfo(torch.float32).eps * exact.abs()).all()
 
@@ -94,7 +96,8 @@ def test_the_token_is_exact_even_where_a_neuron_only_moves_the_rest() -> None:
     u = torch.zeros(100, 2)
     u[50, 0], u[60, 0], u[0, 1] = 1.0, -1.0, 1.0
     rows = torch.tensor([[40.0, 0.0], [-40.0, 0.0], [0.0, -50.0]])
-    found = core.neuron_scores(rows, u, log_p.log_softmax(-1), torch.ones(1, 1, 3), torch.tensor([50])).values[0, 0]
+    [base] = core.bases(log_p.log_softmax(-1)[None], torch.tensor([50]), u)
+    found = core.neuron_scores(rows, u, base, torch.ones(1, 1, 3)).values[0, 0]
     x = rows.double() @ u.double().T
     exact = x[:, 50] - (x + log_p.log_softmax(-1)).logsumexp(-1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
@@ -123,6 +126,7 @@ def test_tiles_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None
     case = random_case(0.3)
     whole = ours(case).values
     monkeypatch.setattr(core, "TILES", {"cpu": (5, 7)})
+    monkeypatch.setattr(core, "POWERS_TILE", {"cpu": 3})
     monkeypatch.setattr(core, "PLAIN_TILE", {"cpu": 100})
     assert torch.allclose(ours(case).values, whole, atol=1e-6)
 

@@ -4,7 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pkt_stages import artifacts
+from pkt_stages.models.attribution import _first
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -36,3 +39,11 @@ def test_the_best_neurons_and_their_tokens(
     assert (status, err) == (2, f"pkt: error: {scores}: holds 3, num_examples asks for 4\n")
     status, _, err = pkt("neurons", "--model", source_folder, *given)
     assert (status, err) == (2, f"pkt: error: {scores}: made from target, {source_folder} is another model\n")
+
+
+def test_the_first_of_equal_scores_is_the_better_one_and_nan_comes_before_all() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0], [0.0, torch.nan, 3.0, 3.0, -1.0]])
+    assert _first(scores, 2).tolist() == [[1, 2], [1, 2]]
+    ranked = scores.sort(descending=True, stable=True).indices
+    for count in range(1, 6):
+        assert torch.equal(_first(scores, count), ranked[:, :count])
