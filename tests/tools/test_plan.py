@@ -13,7 +13,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.tools import plan
-from pkt_stages.tools.graph import Graph, open_repo
+from pkt_stages.tools.graph import Graph, _below, open_repo
 from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters, selected_bytes
 from pkt_stages.tools.sweep import read_times
 
@@ -273,3 +273,16 @@ def test_what_a_sweep_measured_takes_the_place_of_formulas(tmp_path: Path) -> No
         with pytest.raises(UserError) as caught:
             read_times(tmp_path)
         assert str(caught.value) == f"{path}: expected seconds by stage, as `pkt sweep` writes them; remove it"
+
+
+def test_keys_of_params_are_found_as_dpath_finds_them() -> None:
+    import dpath
+
+    content = {"a": {"b": {"c": 1}, "x-y": [{"d": 2}], "n": None}, "e": {"f*": 3}, "g": {1: 4}}
+    for key in ("a", "a.b", "a.b.c", "a.x-y", "a.x-y.0.d", "a.n", "e.f*", "e.f[*]", "g.1"):
+        assert _below(content, key) == dpath.get(content, key, separator="."), key
+    for key in ("b", "a.c", "a.b.c.d", "a.x-y.1.d", "a.n.b"):
+        with pytest.raises(KeyError):
+            dpath.get(content, key, separator=".")
+        with pytest.raises(KeyError):
+            _below(content, key)
