@@ -151,7 +151,7 @@ class Graph:
         return False
 
 
-def _below(content: Mapping[str, Any], key: str) -> Any:
+def _below(content: dict[str, Any], key: str) -> Any:
     """What dpath, which DVC asks, finds at a dotted key; it walks through all that the mappings on the way hold.
 
     Raises:
