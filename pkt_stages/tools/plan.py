@@ -7,6 +7,7 @@ of two or three; nothing is loaded. Sizes come from a model's `hub.yaml` if it h
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,8 +22,8 @@ from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.options import PAIRS_AT_ONCE
-from pkt_stages.params import build, read_params, read_settings
-from pkt_stages.profile import read_profile
+from pkt_stages.params import build, mapping, read_params, read_settings
+from pkt_stages.profile import GROUPS, read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
 from pkt_stages.stages.align import AlignParams
@@ -121,6 +122,8 @@ class Estimator:
         """
         self._root, self._tokens = root, tokens
         self._sizes: dict[str, Geometry] = {}
+        self._groups: dict[Path, dict[str, str]] = {}  # of a params file, by method
+        self._lines: dict[str, int] = {}  # of a test set that is there
         self._given: dict[tuple[Path, str, str | None, str | None], dict[str, Any]] = {}
 
     def need(self, command: str) -> Need:
@@ -229,11 +232,33 @@ class Estimator:
         )
 
     def _changes(self, options: Mapping[str, str]) -> int:
-        """How many changes the row has whose folder is scaled: `transfer/METHOD/SOURCE`."""
-        if "--params" not in options:
+        """How many changes the row has whose folder a command takes: one per unseen example (and step), or per seed."""
+        found = re.search(r"/(transfer|steps)/([^/]+)", options["--delta"])
+        if "--params" not in options or found is None:
             return 1
-        params = self._derived({**options, "--method": Path(options["--delta"]).parent.name})
+        own = {**options, "--method": found[2]}
+        group = self._group(own)
+        if group not in GROUPS:
+            return 1
+        if group in ("align", "control"):
+            steps = self._settings(own, "align", AlignParams).steps if found[1] == "steps" else 1
+            return self._prepared(options).count("transfer") * steps
+        if GROUPS[group].command == "finetune":
+            return len(self._settings(own, "finetune", FinetuneParams).seeds)
+        if GROUPS[group].command == "distill":
+            return len(self._settings(own, "distill", DistillParams).seeds)
+        if GROUPS[group].command != "derive":
+            return 1
+        params = self._derived(own)
         return len(params.seeds) if getattr(params, "maps", "fitted") == "random" else 1
+
+    def _group(self, options: Mapping[str, str]) -> str:
+        """The group of `made_by` that a method is in; empty if in none."""
+        path = self._root / options["--params"]
+        if path not in self._groups:
+            made_by = mapping(read_params(path), path, "made_by")
+            self._groups[path] = {method: group for group, methods in made_by.items() for method in methods}
+        return self._groups[path].get(options["--method"], "")
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
@@ -395,9 +420,19 @@ class Estimator:
         sizes, _ = self._model(options["--model"])
         task = tasks.load(options["--task"])
         settings, prepared = self._settings(options, "evaluate", EvaluateParams), self._prepared(options)
-        rows = settings.limit or prepared.test or task.num_test
-        runs = prepared.count("transfer") if "--delta" in options else 1
-        return self._written(sizes, rows * runs * settings.num_samples, task.answer_tokens, settings)
+        rows = self._num_rows(options.get("--test", "")) or prepared.test or task.num_test
+        rows = min(rows, settings.limit or rows)
+        runs = self._changes(options) if "--delta" in options else 1
+        return self._written(
+            sizes, rows * runs * settings.num_samples, min(task.answer_tokens, settings.max_new_tokens), settings
+        )
+
+    def _num_rows(self, test: str) -> int:
+        """How many examples a test set holds; 0 if it is not there yet."""
+        if test not in self._lines:
+            path = self._root / test
+            self._lines[test] = path.read_bytes().count(b"\n") if path.is_file() else 0
+        return self._lines[test]
 
     def _written(self, sizes: Geometry, answers: int, tokens: int, settings: EvaluateParams | GenerateParams) -> Need:
         """Prompts are read at the speed of arithmetic, answers written at that of memory, 64 at a time.

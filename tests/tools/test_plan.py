@@ -213,6 +213,16 @@ def test_every_change_of_a_row_is_scaled(tmp_path: Path) -> None:
     assert three.flops / one.flops == three.host / one.host == 22 / 8
 
 
+def test_rows_are_those_of_the_test_set_and_runs_those_of_the_row(estimator: Estimator, tmp_path: Path) -> None:
+    """Three unseen examples, three seeds, one change; 1319 questions, or as many as there are."""
+    command = f"pkt evaluate --model {LARGE} --task gsm8k {PARAMS} --delta artifacts/llama2/transfer"
+    rows = {"laten/s/gsm8k": 3, "control_random_delta/s/gsm8k": 3, "postpkt_pissa/gsm8k": 3, "unaligned_seeking/s": 1}
+    assert {row: estimator.need(f"{command}/{row}").disk / 1319000 for row in rows} == rows
+    test = tmp_path / "test.jsonl"
+    test.write_text("{}\n" * 7)
+    assert estimator.need(f"pkt evaluate --model {LARGE} --task gsm8k {PARAMS} --test {test}").disk == 7000
+
+
 def test_gradients_of_13b_and_7b(estimator: Estimator) -> None:
     """By hand: nine products a pair, of which gate and up are wide; four passes over 320 examples."""
     models = "--source data/models/llama2-13b-base --target data/models/llama2-7b-base"
