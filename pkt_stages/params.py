@@ -8,7 +8,9 @@ keys, wrong types and values out of bounds are errors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+import pickle
 import types
 import typing
 from collections.abc import Mapping
@@ -114,9 +116,15 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file, or none with a content (a pipe, a device)")
     try:
-        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+        return pickle.loads(_parsed(path.read_text(encoding="utf-8-sig")))
     except Exception as error:  # beside its own errors PyYAML raises whatever a wrong value leads to
         raise UserError(f"{path}: not readable YAML ({' '.join(str(error).split())[:300]})") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> bytes:
+    """A YAML text's value, pickled: a large params file is read dozens of times, each time as a value of its own."""
+    return pickle.dumps(parse_yaml(text))
 
 
 def parse_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from pkt_stages.errors import UserError
-from pkt_stages.params import build, option, read_settings
+from pkt_stages.params import build, option, read_params, read_settings
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,13 @@ def test_bad_files(tmp_path: Path, text: str | None, message: str) -> None:
         read_settings(path, "s")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_each_reader_of_a_params_file_has_a_value_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("a: &a {b: [1]}\nc: *a\n")
+    first = read_params(file)
+    first["a"]["b"].append(2)
+    assert read_params(file) == {"a": {"b": [1]}, "c": {"b": [1]}}
+    file.write_text("a: 3\n")
+    assert read_params(file) == {"a": 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from pkt_stages.errors import UserError
 from pkt_stages.quiet import quiet_dvc
 from pkt_stages.tools.check import GRAPH, check_profiles, whereabouts, without_git
 from pkt_stages.tools.provenance import OUTPUTS
+
+_PATTERN = re.compile(r"[*?\[]")  # what makes of a part of a key a pattern, to dpath
 
 
 class Graph:
@@ -67,7 +70,6 @@ class Graph:
 
     def _read_params(self, dependency: Any, **_: Any) -> dict[str, Any]:
         """What a stage names of a params file, by dotted key. DVC itself parses the file anew for every stage."""
-        import dpath
         from dvc.utils.serialize import load_path
 
         path = dependency.fs_path
@@ -78,7 +80,7 @@ class Graph:
         found = {}
         for key in dependency.params:
             with contextlib.suppress(KeyError):
-                found[key] = dpath.get(self._params[path], key, separator=".")
+                found[key] = _below(self._params[path], key)
         return found
 
     @contextlib.contextmanager
@@ -147,6 +149,22 @@ class Graph:
         except DvcException:  # e.g. a params file that is no YAML; `dvc repro -s` meets the same and says so
             return True
         return False
+
+
+def _below(content: dict[str, Any], key: str) -> Any:
+    """What dpath, which DVC asks, finds at a dotted key; it walks through all that the mappings on the way hold.
+
+    Raises:
+        KeyError: nothing is there.
+    """
+    import dpath
+
+    found: Any = content
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found or _PATTERN.search(part):
+            return dpath.get(content, key, separator=".")
+        found = found[part]
+    return found
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ of two or three; nothing is loaded. Sizes come from a model's `hub.yaml` if it h
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,8 +22,8 @@ from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import SHAPE, SITES, Geometry
 from pkt_stages.options import PAIRS_AT_ONCE
-from pkt_stages.params import build, read_params, read_settings
-from pkt_stages.profile import read_profile
+from pkt_stages.params import build, mapping, read_params, read_settings
+from pkt_stages.profile import GROUPS, read_profile
 from pkt_stages.reach import Package
 from pkt_stages.stages import code
 from pkt_stages.stages.align import AlignParams
@@ -48,6 +49,12 @@ PROJECTIONS = (*SITES, "ffn_gate", "attn_q", "attn_k")  # of a layer
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 WRITTEN_TOKENS = 150  # per answer of the source that is trained on, about
 START_SECONDS = 10  # of a process: imports, reading weights not counted
+# To set off one layer's operations one by one, whatever their size; its backward pass has twice as many. A pass of 32
+# layers takes 25 to 40 ms on an H200 where arithmetic and memory would take 10 (docs/benchmarks.md).
+LAYER_SECONDS = 0.001
+STEP_SECONDS = 0.02  # the trainer's own of a micro-batch: 28 ms of CPU with the passes through 2 layers, measured
+MICRO_BATCH = 4  # examples of a training at a time
+REPORTED_SECONDS = 0.3  # the report's statistics and figures of a row on a task
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,14 @@ class Need:
         moved: bytes read from the GPU's memory where that, not arithmetic, is the limit.
         memory: bytes of GPU memory at the peak.
         disk: bytes of its outputs.
+        host: seconds of the host's processor for which the GPU waits, which no faster GPU shortens.
     """
 
     flops: float = 0.0
     moved: float = 0.0
     memory: float = 0.0
     disk: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,18 @@ class Machine:
     bandwidth: float
 
     def seconds(self, need: Need) -> float:
-        return START_SECONDS + need.flops / self.flops + need.moved / self.bandwidth
+        return START_SECONDS + need.host + need.flops / self.flops + need.moved / self.bandwidth
 
 
 def num_parameters(sizes: Geometry) -> int:
     """Without norms and biases; the head counts even where it is the embedding."""
     layer = sum(rows * columns for rows, columns in map(sizes.weight_shape, PROJECTIONS))
     return sizes.num_layers * layer + 2 * sizes.vocab_size * sizes.d_model
+
+
+def launching(sizes: Geometry, passes: float, *, trained: bool = False) -> float:
+    """Seconds to set off the operations of so many passes through a model, its head like a layer; with gradients."""
+    return passes * (3 if trained else 1) * (sizes.num_layers + 1) * LAYER_SECONDS
 
 
 def selected_bytes(source: Geometry, target: Geometry, examples: int, rate: float, *, random: bool) -> int:
@@ -108,6 +122,8 @@ class Estimator:
         """
         self._root, self._tokens = root, tokens
         self._sizes: dict[str, Geometry] = {}
+        self._groups: dict[Path, dict[str, str]] = {}  # of a params file, by method
+        self._lines: dict[str, int] = {}  # of a test set that is there
         self._given: dict[tuple[Path, str, str | None, str | None], dict[str, Any]] = {}
 
     def need(self, command: str) -> Need:
@@ -204,11 +220,45 @@ class Estimator:
         )
 
     def _scale(self, options: Mapping[str, str]) -> Need:
-        _, size = self._model(options["--model"])
+        sizes, size = self._model(options["--model"])
         settings = self._settings(options, "scale", ScaleParams)
         examples = self._prepared(options).count("align") * (len(settings.tasks) or 4)
         width = WIDTHS[settings.dtype]
-        return Need(flops=2 * size * examples * self._tokens * (1 + len(settings.scales)), memory=1.3 * size * width)
+        factors = 1 + len(settings.scales) * self._changes(options)
+        return Need(
+            flops=2 * size * examples * self._tokens * factors,
+            memory=1.3 * size * width,
+            host=launching(sizes, factors * -(-examples // 64)),
+        )
+
+    def _changes(self, options: Mapping[str, str]) -> int:
+        """How many changes the row has whose folder a command takes: one per unseen example (and step), or per seed."""
+        found = re.search(r"/(transfer|steps)/([^/]+)", options["--delta"])
+        if "--params" not in options or found is None:
+            return 1
+        own = {**options, "--method": found[2]}
+        group = self._group(own)
+        if group not in GROUPS:
+            return 1
+        if group in ("align", "control"):
+            steps = self._settings(own, "align", AlignParams).steps if found[1] == "steps" else 1
+            return self._prepared(options).count("transfer") * steps
+        if GROUPS[group].command == "finetune":
+            return len(self._settings(own, "finetune", FinetuneParams).seeds)
+        if GROUPS[group].command == "distill":
+            return len(self._settings(own, "distill", DistillParams).seeds)
+        if GROUPS[group].command != "derive":
+            return 1
+        params = self._derived(own)
+        return len(params.seeds) if getattr(params, "maps", "fitted") == "random" else 1
+
+    def _group(self, options: Mapping[str, str]) -> str:
+        """The group of `made_by` that a method is in; empty if in none."""
+        path = self._root / options["--params"]
+        if path not in self._groups:
+            made_by = mapping(read_params(path), path, "made_by")
+            self._groups[path] = {method: group for group, methods in made_by.items() for method in methods}
+        return self._groups[path].get(options["--method"], "")
 
     def _attribute(self, options: Mapping[str, str]) -> Need:
         sizes, size = self._model(options["--model"])
@@ -260,11 +310,7 @@ class Estimator:
         if "--target" not in options:
             return Need()
         sizes, _ = self._model(options["--target"])
-        file, given = self._read(options, "derive")
-        module = methods.load(str(given.pop("code", "")), ("derive",))
-        shared = {field.name for field in fields(DeriveParams)}
-        own = {name: value for name, value in given.items() if name not in shared}
-        params = build(module.Params, own, f"{file}: {options['--method']}")
+        params = self._derived(options)
         width = WIDTHS[self._settings(options, "derive", DeriveParams).stored]
         inside = num_parameters(sizes) - 2 * sizes.vocab_size * sizes.d_model
         if "--correlation" in options:
@@ -278,6 +324,14 @@ class Estimator:
             return Need(disk=width * num_parameters(sizes))
         rank = getattr(params, "rank", None)
         return Need(disk=self._adapter(sizes, rank) if rank else width / 4 * self._rows(sizes))
+
+    def _derived(self, options: Mapping[str, str]) -> Any:
+        """The settings of a derived row's own code."""
+        file, given = self._read(options, "derive")
+        module = methods.load(str(given.pop("code", "")), ("derive",))
+        shared = {field.name for field in fields(DeriveParams)}
+        own = {name: value for name, value in given.items() if name not in shared}
+        return build(module.Params, own, f"{file}: {options['--method']}")
 
     def _import(self, options: Mapping[str, str]) -> Need:
         """At most what the adapters take in float32, if they are stored in 16 bits."""
@@ -307,7 +361,7 @@ class Estimator:
 
     def _finetune(self, options: Mapping[str, str]) -> Need:
         settings = self._settings(options, "finetune", FinetuneParams)
-        need = self._training(options, settings, source=0, written=False)
+        need = self._training(options, settings, source=None, written=False)
         if settings.num_paired is None:
             return need
         # Before the training and without the target: what each of the source's layers is worth, and its states.
@@ -321,52 +375,77 @@ class Estimator:
 
     def _distill(self, options: Mapping[str, str]) -> Need:
         settings = self._settings(options, "distill", DistillParams)
-        source = self._model(options["--source"])[1]
+        source = self._model(options["--source"])
         return self._training(options, settings, source=source, written=settings.objective == "gkd")
 
     def _training(
-        self, options: Mapping[str, str], settings: FinetuneParams | DistillParams, *, source: int, written: bool
+        self,
+        options: Mapping[str, str],
+        settings: FinetuneParams | DistillParams,
+        *,
+        source: tuple[Geometry, int] | None,
+        written: bool,
     ) -> Need:
         """
         Args:
-            source: its parameters, if it is there, too.
+            source: its sizes and parameters, if it is there, too.
             written: the target writes its own answers.
         """
         sizes, size = self._model(options["--target"])
-        tokens = self._examples(options, settings) * self._tokens * settings.epochs * len(settings.seeds)
+        shape, other = source or (sizes, 0)
+        examples = self._examples(options, settings) * settings.epochs * len(settings.seeds)
+        tokens, steps = examples * self._tokens, examples / MICRO_BATCH
         width = WIDTHS[settings.dtype]
+        host = steps * STEP_SECONDS + launching(sizes, steps, trained=True) + bool(source) * launching(shape, steps)
+        # Written a token at a time, a micro-batch together, half of a text.
+        passes = written * tokens / 2 / MICRO_BATCH
         return Need(
-            flops=(4 * size + 2 * source) * tokens,
-            # Written a token at a time, a micro-batch of 4 together.
-            moved=written * tokens / 2 / 4 * size * width,
-            memory=(size + source) * width + 4 * self._tokens * sizes.num_layers * 34 * sizes.d_model * width,
+            flops=(4 * size + 2 * other) * tokens,
+            moved=passes * size * width,
+            memory=(size + other) * width + MICRO_BATCH * self._tokens * sizes.num_layers * 34 * sizes.d_model * width,
             disk=self._adapter(sizes, settings.rank) * len(settings.seeds),
+            host=host + launching(sizes, passes),
         )
 
     def _examples(self, options: Mapping[str, str], settings: FinetuneParams | DistillParams) -> int:
         return settings.num_examples or self._prepared(options).count(settings.train_set)
 
     def _generate(self, options: Mapping[str, str]) -> Need:
-        _, size = self._model(options["--source"])
+        sizes, _ = self._model(options["--source"])
         settings = self._settings(options, "generate", GenerateParams)
         answers = settings.num_examples or self._prepared(options).count(settings.train_set)
-        return self._written(size, answers, WRITTEN_TOKENS, WIDTHS[settings.dtype])
+        return self._written(sizes, answers, WRITTEN_TOKENS, settings)
 
     def _evaluate(self, options: Mapping[str, str]) -> Need:
-        _, size = self._model(options["--model"])
+        sizes, _ = self._model(options["--model"])
         task = tasks.load(options["--task"])
         settings, prepared = self._settings(options, "evaluate", EvaluateParams), self._prepared(options)
-        rows = settings.limit or prepared.test or task.num_test
-        runs = prepared.count("transfer") if "--delta" in options else 1
-        return self._written(size, rows * runs * settings.num_samples, task.answer_tokens, WIDTHS[settings.dtype])
+        rows = self._num_rows(options.get("--test", "")) or prepared.test or task.num_test
+        rows = min(rows, settings.limit or rows)
+        runs = self._changes(options) if "--delta" in options else 1
+        return self._written(
+            sizes, rows * runs * settings.num_samples, min(task.answer_tokens, settings.max_new_tokens), settings
+        )
 
-    def _written(self, size: int, answers: int, tokens: int, width: int) -> Need:
-        """Prompts are read at the speed of arithmetic, answers written at that of memory, 64 at a time."""
+    def _num_rows(self, test: str) -> int:
+        """How many examples a test set holds; 0 if it is not there yet."""
+        if test not in self._lines:
+            path = self._root / test
+            self._lines[test] = path.read_bytes().count(b"\n") if path.is_file() else 0
+        return self._lines[test]
+
+    def _written(self, sizes: Geometry, answers: int, tokens: int, settings: EvaluateParams | GenerateParams) -> Need:
+        """Prompts are read at the speed of arithmetic, answers written at that of memory, 64 at a time.
+
+        vLLM records what a pass sets off and replays it; transformers sets it off anew for every token.
+        """
+        size, width, passes = num_parameters(sizes), WIDTHS[settings.dtype], answers * tokens / 64
         return Need(
             flops=2 * size * answers * self._tokens,
-            moved=answers * tokens / 64 * size * width,
+            moved=passes * size * width,
             memory=size * width * 1.3,
             disk=answers * 1000,
+            host=launching(sizes, passes) if settings.backend == "hf" else 0.0,
         )
 
     def _compare(self, options: Mapping[str, str]) -> Need:
@@ -374,6 +453,11 @@ class Estimator:
         sizes = first + self._model(options.get("--second", options["--first"]))[1]
         settings = self._settings(options, "compare", CompareParams)
         return Need(flops=2 * sizes * settings.num_texts * self._tokens, memory=WIDTHS[settings.dtype] * sizes)
+
+    def _report(self, options: Mapping[str, str]) -> Need:
+        profile = read_profile(self._root / options["--params"])
+        rows = sum(len(profile.of_source(source)) for source in profile.sources["source"]) + len(profile.models)
+        return Need(host=rows * len(profile.tasks) * REPORTED_SECONDS)
 
 
 class _Options(dict[str, str]):

@@ -149,6 +149,19 @@ def test_choices_must_be_distinct_single_tokens() -> None:
         continuation_tokens(SpacedTokenizer({" A": [301], " B": [301]}), "is:", [" A", " B"])
 
 
+@pytest.mark.parametrize("stops", [("Question:",), ("\nclass", "```"), ("é",), ("€x", "b"), ("a ",), ("<s>",)])
+def test_tokens_that_are_not_decoded_complete_no_stop_string(backend: HfBackend, stops: tuple[str, ...]) -> None:
+    tokenizer, completing = backend.tokenizer, dict[int, bool]()
+    request = Request([0], 10**6, 0)
+    befores = [tokenizer.encode(f"x{stop}", add_special_tokens=False)[: -1 - i] for stop in stops for i in range(3)]
+    for before in befores:
+        for token in range(len(tokenizer)):
+            text = tokenizer.decode([*before, token], skip_special_tokens=True)
+            expected = token in backend.ends or any(stop in text for stop in stops)
+            assert backend._is_finished([*before, token], request, stops, completing) == expected
+    assert len(completing) == len(tokenizer) - len(backend.ends)
+
+
 def test_stop_strings_end_the_text_and_the_work(backend: HfBackend) -> None:
     free = backend.generate([Request([0, 40], 40, 0)], Sampling(0, 1, ()))[0]
     text = completion(backend.tokenizer, [0, 40], free, backend.ends, ())

@@ -13,7 +13,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.load import load_model, resolve
 from pkt_stages.models.sites import Geometry, geometry
 from pkt_stages.tools import plan
-from pkt_stages.tools.graph import Graph, open_repo
+from pkt_stages.tools.graph import Graph, _below, open_repo
 from pkt_stages.tools.plan import Estimator, Machine, Need, num_parameters, selected_bytes
 from pkt_stages.tools.sweep import read_times
 
@@ -72,12 +72,12 @@ def test_every_stage_has_an_estimate_or_needs_no_model(estimator: Estimator) -> 
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     stages = [stage.get("do", stage) for stage in graph.values()]
     commands = {str(stage["cmd"]).split()[1] for stage in stages}
-    without = {"code", "prepare", "texts", "neurons", "adopt", "report"}
+    without = {"code", "prepare", "texts", "neurons", "adopt"}
     assert {name for name in commands if hasattr(estimator, f"_{name}")} == commands - without
 
 
 def test_a_machine_computes_and_reads() -> None:
-    assert Machine(2e12, 1e9).seconds(Need(flops=4e12, moved=3e9)) == 10 + 2 + 3
+    assert Machine(2e12, 1e9).seconds(Need(flops=4e12, moved=3e9, host=5)) == 10 + 2 + 3 + 5
 
 
 def test_sizes_of_the_hub_folders() -> None:
@@ -178,6 +178,51 @@ def test_settings_are_those_of_task_and_method(estimator: Estimator) -> None:
     assert few.flops == pytest.approx(4 * 13.0e9 * tokens, rel=0.02)
 
 
+def test_what_the_host_takes_does_not_depend_on_the_width(estimator: Estimator) -> None:
+    """By hand, a layer and the head 1 ms a pass, a way back 2 ms; a micro-batch 20 ms more."""
+    small, large = "data/models/llama2-7b-chat", LARGE
+
+    def host(command: str) -> float:
+        return estimator.need(f"pkt {command} {PARAMS}").host
+
+    steps = 1000 * 5 * 3 / 4
+    assert host(f"finetune --target {small} --method postpkt_random --task mmlu") == pytest.approx(
+        steps * (0.02 + 3 * 0.033)
+    )
+    taught = 80 * 5 * 3 / 4
+    assert host(f"distill --target {small} --source {large} --method kd --task mmlu") == pytest.approx(
+        taught * (0.02 + 3 * 0.033 + 0.041)
+    )
+    writing = f"pkt evaluate --model {small} --task gsm8k"
+    assert estimator.need(writing).host == pytest.approx(1319 * 150 / 64 * 0.033)
+    assert estimator.need(f"{writing} {PARAMS}").host == 0  # the profile writes with vLLM
+    assert host("report") > 0.3
+
+
+def test_every_change_of_a_row_is_scaled(tmp_path: Path) -> None:
+    """A row of random maps has a change per seed, each tried at seven factors; the likelihood without is asked once."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/hub.yaml").write_text(yaml.safe_dump({"repo": "o/m", "revision": "main", "sizes": SIZES}))
+    row = {"code": "matched", "maps": "random", "seeds": [0, 1, 2]}
+    made = {"transport": {"fitted": {"code": "matched"}, "random": row}}
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({"made_by": made, "prepare": {"align": 64}, "scale": {}, "derive": {}})
+    )
+    command = "pkt scale --params params.yaml --model model --examples e --delta artifacts/x/transfer/{}/source"
+    one, three = (Estimator(tmp_path, tokens=256).need(command.format(name)) for name in ("fitted", "random"))
+    assert three.flops / one.flops == three.host / one.host == 22 / 8
+
+
+def test_rows_are_those_of_the_test_set_and_runs_those_of_the_row(estimator: Estimator, tmp_path: Path) -> None:
+    """Three unseen examples, three seeds, one change; 1319 questions, or as many as there are."""
+    command = f"pkt evaluate --model {LARGE} --task gsm8k {PARAMS} --delta artifacts/llama2/transfer"
+    rows = {"laten/s/gsm8k": 3, "control_random_delta/s/gsm8k": 3, "postpkt_pissa/gsm8k": 3, "unaligned_seeking/s": 1}
+    assert {row: estimator.need(f"{command}/{row}").disk / 1319000 for row in rows} == rows
+    test = tmp_path / "test.jsonl"
+    test.write_text("{}\n" * 7)
+    assert estimator.need(f"pkt evaluate --model {LARGE} --task gsm8k {PARAMS} --test {test}").disk == 7000
+
+
 def test_gradients_of_13b_and_7b(estimator: Estimator) -> None:
     """By hand: nine products a pair, of which gate and up are wide; four passes over 320 examples."""
     models = "--source data/models/llama2-13b-base --target data/models/llama2-7b-base"
@@ -273,3 +318,16 @@ def test_what_a_sweep_measured_takes_the_place_of_formulas(tmp_path: Path) -> No
         with pytest.raises(UserError) as caught:
             read_times(tmp_path)
         assert str(caught.value) == f"{path}: expected seconds by stage, as `pkt sweep` writes them; remove it"
+
+
+def test_keys_of_params_are_found_as_dpath_finds_them() -> None:
+    import dpath
+
+    content = {"a": {"b": {"c": 1}, "x-y": [{"d": 2}], "n": None}, "e": {"f*": 3}, "g": {1: 4}}
+    for key in ("a", "a.b", "a.b.c", "a.x-y", "a.x-y.0.d", "a.n", "e.f*", "e.f[*]", "g.1"):
+        assert _below(content, key) == dpath.get(content, key, separator="."), key
+    for key in ("b", "a.c", "a.b.c.d", "a.x-y.1.d", "a.n.b"):
+        with pytest.raises(KeyError):
+            dpath.get(content, key, separator=".")
+        with pytest.raises(KeyError):
+            _below(content, key)
