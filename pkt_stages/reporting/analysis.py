@@ -135,9 +135,10 @@ def _similarity(comparisons: Sequence[Compared]) -> Section | None:
                 for moment, when in MOMENTS.items()
                 if f"{site}.{moment}.{key}" in found
             }
+        cut = ", the source's sub-matrix" if any("submatrix" in key for key in found) else ""
         caption = (
             f"{label}: cosine similarity by layer between the update ΔW and what the legend names (the target's weight"
-            " W, the base that the adapter was trained on, the source's sub-matrix), at the start and after training."
+            f" W, the base W - ΔW that the adapter was trained on{cut}), at the start and after training."
         )
         image = figures.similarity_by_layer(f"{label}: cosine of the update ΔW and ...", panels)
         drawings.append(Drawing(f"similarity_{compared.name}", image, caption, wide=True))

@@ -89,7 +89,7 @@ def _number(value: float | str | None) -> float | str:
 
 def latex(results: Sequence[Result], tasks: Mapping[str, str]) -> str:
     """A `booktabs` table per pair: scores in percent, or nats where there are none, with marks against the target."""
-    made = ["% \\usepackage{booktabs}; a file for \\input, one tabular per pair of models\n"]
+    made = ["% \\usepackage{booktabs}; a file for \\input, one table per pair of models, each with its legend below\n"]
     for result in results:
         measure, rows = (POINTS, result.points) if any(r.cells for r in result.points) else (NATS, result.nats)
         made.append(_tabular(result, measure, rows, tasks))
@@ -97,10 +97,14 @@ def latex(results: Sequence[Result], tasks: Mapping[str, str]) -> str:
 
 
 def _tabular(result: Result, measure: Measure, rows: Sequence[Row], tasks: Mapping[str, str]) -> str:
-    unit = "percent" if measure is POINTS else "nats per token"
+    unit = "Percent" if measure is POINTS else "Nats per token"
+    legend = (
+        f"{unit} $\\pm$ standard error over examples; $^{{+}}$, $^{{-}}$: higher, lower than the target ($p < .05$ after"
+        " Holm's correction over the rows of a task); in brackets: Wilson's 95\\,\\% bound."
+    )
     lines = [
-        f"% {result.source} to {result.target}: in {unit}, with the standard error over examples; + higher, - lower",
-        "% than the target (p < .05 after Holm's correction over the rows of a task); in brackets Wilson's 95 % bound",
+        f"% {result.source} to {result.target}",
+        "{\\footnotesize\\setlength{\\tabcolsep}{3pt}\\noindent",
         f"\\begin{{tabular}}{{l{'r' * len(tasks)}}}",
         "\\toprule",
         " & ".join(["", *map(_escaped, tasks.values())]) + " \\\\",
@@ -112,7 +116,8 @@ def _tabular(result: Result, measure: Measure, rows: Sequence[Row], tasks: Mappi
         lines += [
             " & ".join([_escaped(row.label), *(_cell(row.cells.get(t)) for t in tasks)]) + " \\\\" for row in members
         ]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}\n"])
+    lines += ["\\bottomrule", "\\end{tabular}", "\\par\\smallskip\\noindent", f"{legend}\\par}}\\medskip\n"]
+    return "\n".join(lines)
 
 
 def _cell(cell: Cell | None) -> str:

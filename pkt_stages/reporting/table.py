@@ -31,12 +31,19 @@ OTHER_SANDBOX = (
 
 
 def compact(value: float, digits: int, sign: str = "") -> str:
-    """For a narrow column: no minus before zero; of several digits one less from 1 on, and below it no leading zero."""
-    if digits == 1:
-        return f"{round(value, 1) + 0.0:{sign}.1f}"
-    if abs(value) >= 1:
+    """For a narrow column: `rounded`; of several digits one less from 1 on, and below it no leading zero."""
+    if digits > 1 and abs(value) >= 1:
         return f"{value:{sign}.{digits - 1}f}"
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("0.", ".", 1)
+    text = rounded(value, digits, sign)
+    return text if digits == 1 else text.replace("0.", ".", 1)
+
+
+def rounded(value: float, digits: int, sign: str = "") -> str:
+    """With so many digits and no minus before zero; of three what were rounded to zero as `3e-5`, for it has a sign."""
+    if digits > 1 and value and not round(value, digits):
+        size, exponent = f"{value:{sign}.0e}".split("e")
+        return f"{size}e{int(exponent)}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Difference:
         return "none" if self.detectable is None else f"≥{compact(self.detectable, self.digits)}"
 
     def signed(self, value: float) -> str:
-        return f"{round(value, self.digits) + 0.0:+.{self.digits}f}"
+        return rounded(value, self.digits, "+")
 
     def text(self) -> str:
         """Short enough for four of them in a terminal's line: the p-value where there is a mark, else the power."""
@@ -143,7 +150,7 @@ class Cell:
 
     @property
     def stderr_text(self) -> str:
-        return f"{self.stderr:.{self.digits}f}"
+        return rounded(self.stderr, self.digits)
 
     @property
     def bounds_text(self) -> str:

@@ -154,19 +154,24 @@ def _unlike(pool: list[Example], test: list[Example]) -> list[Example]:
     return unique
 
 
+def pool_files(folder: Path, pool: str) -> list[Path]:
+    """The files that hold a pool or set, as JSON lines or as a table; more than one is an error of the user's."""
+    return [file for file in (folder / f"{pool}.jsonl", folder / f"{pool}.csv") if file.is_file()]
+
+
 def read_pool(folder: Path, pool: str, task: Task) -> list[Example]:
     """A pool's examples: from its file of benchmark rows, else from the hub as the folder's `hub.yaml` says.
 
     Raises:
         UserError: neither is there, there are two files, or a row does not fit.
     """
-    file, table, pointer = folder / f"{pool}.jsonl", folder / f"{pool}.csv", folder / hub.POINTER
-    if table.is_file() and file.is_file():
-        raise UserError(f"{folder}: holds {file.name} and {table.name}; remove the one that is not meant")
-    if table.is_file():
-        return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in read_csv(table)]
-    if file.is_file() or not pointer.is_file():
-        return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in read_jsonl(file)]
+    files, pointer = pool_files(folder, pool), folder / hub.POINTER
+    if len(files) > 1:
+        raise UserError(f"{folder}: holds {files[0].name} and {files[1].name}; remove the one that is not meant")
+    if files or not pointer.is_file():
+        file = files[0] if files else folder / f"{pool}.jsonl"
+        rows = read_csv(file) if file.suffix == ".csv" else read_jsonl(file)
+        return [task.example(row, f"{task.name}_{pool}_{n}") for n, row in rows]
     split = hub.read_data_pointer(pointer, pool)
     numbered = enumerate(track(hub.read_hub_rows(split), f"{task.name}: {pool} rows"), start=1)
     return [task.example(row, f"{task.name}_{pool}_{n}", split.schema) for n, row in numbered]
@@ -196,9 +201,8 @@ def origins(data: Path) -> dict[str, dict[str, str]]:
     found = {}
     own = SETS if (data / "extract.jsonl").is_file() else ("train",)
     for name in (*own, "test"):
-        for file in (data / f"{name}.jsonl", data / f"{name}.csv"):
-            if file.is_file():
-                found[name] = {"file": file.name, "sha256": artifacts.content_hash(file)}
+        for file in pool_files(data, name):
+            found[name] = {"file": file.name, "sha256": artifacts.content_hash(file)}
     if (data / hub.POINTER).is_file():
         for pool in (pool for pool in ("train", "test") if pool not in found):
             split = hub.read_data_pointer(data / hub.POINTER, pool)

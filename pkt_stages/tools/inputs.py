@@ -321,13 +321,13 @@ class Sets:
             todo = "put train.jsonl and test.jsonl there, own splits, or a hub.yaml that names them"
             self._checked.note("data_dir", f"task {task.name}: no folder {folder}{meant(task.name, there)}; {todo}")
             return {}
-        own = (folder / "extract.jsonl").is_file()
-        pools = [pool for pool in ("train", "test") if not (folder / f"{pool}.jsonl").is_file()]
+        own, pointer = (folder / "extract.jsonl").is_file(), folder / hub.POINTER
+        pools = [pool for pool in ("train", "test") if pointer.is_file() and not prepare.pool_files(folder, pool)]
         where = f"prepare, task {task.name}"
         try:
-            for pool in pools if (folder / hub.POINTER).is_file() else []:
-                hub.read_data_pointer(folder / hub.POINTER, pool)
-            if params is None or (pools and (folder / hub.POINTER).is_file() and not (own and pools == ["test"])):
+            for pool in pools:
+                hub.read_data_pointer(pointer, pool)
+            if params is None or (pools and not (own and pools == ["test"])):
                 return {}
             given = prepare.read_given(folder, task, [pool for pool in ("train", "test") if pool not in pools])
             if "test" not in given:

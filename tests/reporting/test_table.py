@@ -125,7 +125,7 @@ def test_marks() -> None:
     assert difference(2.0, 0.05) == "+2.0 ±1.0 ≥4.4"
     assert difference(-0.01, 1) == "+0.0 ±1.0 ≥4.4"
     assert difference(2.0, 0.05, None) == "+2.0 ±1.0 none"
-    assert difference(-0.0004, 1, 0.0444, 3) == "+.000 ±1.00 ≥.044"
+    assert difference(-0.0004, 1, 0.0444, 3) == "-4e-4 ±1.00 ≥.044"
 
 
 def test_a_row_is_left_out_of_the_table_of_what_was_not_measured() -> None:

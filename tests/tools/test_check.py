@@ -349,6 +349,23 @@ def test_own_splits_are_taken_as_they_are(own: Path) -> None:
     )
 
 
+def test_pools_are_tables_or_missing(own: Path) -> None:
+    """A table is read like JSON lines; a pool that is nowhere is one line beside all others."""
+    data = own / "data/tiny/gsm8k"
+    for pool, count in (("train", 20), ("test", 5)):
+        (data / f"{pool}.jsonl").unlink()
+        rows = [f'"{pool} {i}?","One.\n#### {i}"' for i in range(count)]
+        (data / f"{pool}.csv").write_text("\n".join(["question,answer", *rows]) + "\n")
+    assert found(own) == []
+    (line,) = found(own, lambda p: p["prepare"].update(train=50))
+    assert line.startswith(
+        "prepare, task gsm8k: 64 examples wanted (extract 4, align 8, train 50, transfer 2), the pool"
+    )
+    (data / "train.csv").unlink()
+    (line,) = found(own)
+    assert line.startswith(f"prepare, task gsm8k: {_seen(own)}/data/tiny/gsm8k/train.jsonl: no such file")
+
+
 def test_another_graph_beside_the_params(own: Path) -> None:
     (own / "profiles/mine").mkdir(parents=True)
     (own / "profiles/mine/dvc.yaml").write_text((own / "dvc.yaml").read_text() + "# mine\n")
