@@ -99,8 +99,8 @@ def latex(results: Sequence[Result], tasks: Mapping[str, str]) -> str:
 def _tabular(result: Result, measure: Measure, rows: Sequence[Row], tasks: Mapping[str, str]) -> str:
     unit = "Percent" if measure is POINTS else "Nats per token"
     legend = (
-        f"{unit} $\\pm$ standard error over examples; $^{{+}}$, $^{{-}}$: higher, lower than the target ($p < .05$ after"
-        " Holm's correction over the rows of a task); in brackets: Wilson's 95\\,\\% bound."
+        f"{unit} $\\pm$ standard error over examples; $^{{+}}$, $^{{-}}$: higher, lower than the target ($p < .05$"
+        " after Holm's correction over the rows of a task); in brackets: Wilson's 95\\,\\% bound."
     )
     lines = [
         f"% {result.source} to {result.target}",

@@ -107,5 +107,5 @@ def test_the_box_says_what_the_metrics_record(tmp_path: Path) -> None:
             ],
         ),
         ("Computed by", ["not recorded", "device cpu, torch 2.0, transformers 5.0"]),
-        ("Code", ["fingerprint abc; `git log -S abc -- '*dvc.lock'` finds its commit and date"]),
+        ("Code", ["fingerprint abc; once dvc.lock is committed, git log -S abc -- '*dvc.lock' finds commit and date"]),
     ]
