@@ -210,7 +210,8 @@ def facts(
             ids = hashlib.sha256("\n".join(evaluations[0]["ids"]).encode()).hexdigest()[:12]
             told_of = f"; {_origin(data[task])}" if task in data else ""
             examples.append(f"{title}: {len(evaluations[0]['ids'])} test examples, ids {ids}{told_of}")
-    code_of = [f"fingerprint {code}; once dvc.lock is committed, git log -S {code} -- '*dvc.lock' finds commit and date"] if code else []
+    where = f"once dvc.lock is committed, git log -S {code} -- '*dvc.lock' finds commit and date"
+    code_of = [f"fingerprint {code}; {where}"] if code else []
     found = {"Models": told, "Data": examples, "Computed by": list(machines), "Code": code_of}
     return [(name, lines) for name, lines in found.items() if lines]
 
