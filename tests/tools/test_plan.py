@@ -128,7 +128,7 @@ def test_a_plan_with_a_model_of_wrong_sizes_is_one_line(
     ("command", "message"),
     [
         ("align --target {model} --method laten --task new", "no task 'new' in `task`; found mmlu, "),
-        ("finetune --target {model} --method new --task mmlu", "unknown method 'new'; `made_by` has laten, "),
+        ("finetune --target {model} --method new --task mmlu", "unknown method 'new'; `made_by` has matched, "),
     ],
 )
 def test_what_the_params_lack_is_one_line(estimator: Estimator, command: str, message: str) -> None:
