@@ -221,7 +221,7 @@ def examine(path: Path) -> tuple[Profile, list[str]]:
         attributed=lists.names("attributed"),
         reexpressed={name: lists.part("reexpressed", name) for name in lists.part("reexpressed")},
         tasks=[task for task in lists.part("task") if isinstance(task, str)],
-        prepared=list(lists.content.get("prepared_task") or ()),
+        prepared=[task for task in lists.given("prepared_task") if isinstance(task, str)],
         methods=methods,
         every_step=lists.names("every_step"),
         adopted=lists.names("adopted"),
@@ -275,6 +275,14 @@ class _Lists:
         except UserError as error:
             self.problems.append(str(error))
             return {}
+
+    def given(self, key: str) -> list[Any] | dict[Any, Any]:
+        """A list or the keys of a mapping, as a stage's `matrix` takes either; nothing if the key is not there."""
+        value = self.content.get(key) or {}
+        if not isinstance(value, (list, dict)):
+            self.note(f"{key}: expected a mapping or a list, found {shown(value)}")
+            return []
+        return value
 
     def name(self, key: str) -> str:
         value = self.content.get(key)

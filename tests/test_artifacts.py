@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -234,3 +235,12 @@ def test_what_a_killed_writer_left_of_a_folder_goes_with_the_next_one(tmp_path: 
     (left / "half").write_text("")
     replace(tmp_path / "out", mark="1")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mark"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_seen(dtype: str, value: float) -> None:
+    tensor = torch.linspace(-3, 3, 35).reshape(5, 7).to(getattr(torch, dtype))
+    assert artifacts.is_finite(tensor) and artifacts.is_finite(tensor[:0]) and artifacts.is_finite(tensor.mT)
+    tensor[3, 2] = value
+    assert not artifacts.is_finite(tensor) and not artifacts.is_finite(tensor.mT)

@@ -30,9 +30,9 @@ from pkt_stages.errors import UserError
 from pkt_stages.methods.theseus import INPUT_OF, random_maps
 from pkt_stages.models.correlation import INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS, WRITES
+from pkt_stages.models.folding import WRITES
 from pkt_stages.models.gradients import NORMS, Gradients
-from pkt_stages.models.sites import Geometry
+from pkt_stages.models.sites import PROJECTIONS, Geometry
 from pkt_stages.models.transport import (
     Maps,
     Models,

@@ -21,8 +21,7 @@ from torch import Generator, Tensor
 from pkt_stages.core.transport import Polar, singular_map
 from pkt_stages.models.correlation import Correlation, Pair
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS
-from pkt_stages.models.sites import Geometry
+from pkt_stages.models.sites import PROJECTIONS, Geometry
 from pkt_stages.models.transport import MapParams, Maps, Models, carry
 from pkt_stages.params import option
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from pkt_stages.errors import UserError
 from pkt_stages.models.changes import DenseDelta
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.load import identity
-from pkt_stages.models.sites import module_name
+from pkt_stages.models.sites import PROJECTIONS, module_name
 from pkt_stages.models.transport import Models, opened
 from pkt_stages.params import option
 

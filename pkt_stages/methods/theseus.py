@@ -25,8 +25,7 @@ from pkt_stages.core.transport import (
 )
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS
-from pkt_stages.models.sites import Geometry
+from pkt_stages.models.sites import PROJECTIONS, Geometry
 from pkt_stages.models.transport import (
     Maps,
     Models,

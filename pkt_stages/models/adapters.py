@@ -108,7 +108,7 @@ def save_adapter(folder: Path, adapter: Adapter, base_model: str, base: Mapping[
         for letter, factor in zip("AB", factors, strict=True):
             name = f"{_LEAD}{module}.lora_{_factor(module, letter)}"
             tensors[name] = factor.detach().cpu().float().contiguous()
-            if not bool(tensors[name].isfinite().all()):
+            if not artifacts.is_finite(tensors[name]):
                 raise UserError(f"{folder}: the adapter's factors of {module} hold NaN or infinity; not written")
     with artifacts.replaced_folder(folder, CONFIG) as beside:
         (beside / CONFIG).write_text(text, encoding="utf-8")

@@ -21,7 +21,6 @@ from pkt_stages.models.sites import Family, Geometry, family, geometry, module_n
 # What reads the residual stream, by the block that does; the others write to it, or pass between a layer's own parts.
 READS = {"attn_q": "attn", "attn_k": "attn", "attn_v": "attn", "ffn_gate": "ffn", "ffn_up": "ffn", "head": "final"}
 WRITES = {"attn_o": "attn", "ffn_down": "ffn"}
-PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def check_foldable(config: Any) -> None:

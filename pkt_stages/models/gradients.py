@@ -20,9 +20,8 @@ from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.batches import padding_mask
 from pkt_stages.models.correlation import SIDES, Correlation, Pair, Place, Sums, add
-from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.losses import example_losses
-from pkt_stages.models.sites import family, module_name
+from pkt_stages.models.sites import PROJECTIONS, family, module_name
 from pkt_stages.progress import track
 
 LIST = "gradients.json"

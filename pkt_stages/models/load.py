@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt_stages import hub
+from pkt_stages.artifacts import is_finite
 from pkt_stages.errors import UserError, shown
 from pkt_stages.models.sites import Geometry, family, geometry
 from pkt_stages.params import build
@@ -232,7 +233,6 @@ def put_together(ref: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype, devi
     Raises:
         UserError: as `load_model`.
     """
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -260,7 +260,7 @@ def put_together(ref: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype, devi
         logging.set_verbosity(verbosity)
     assert not report["missing_keys"] and not report["unexpected_keys"], report  # the checkpoint was checked
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise UserError(f"{ref.location}: weight {name} holds NaN or infinity; the checkpoint is broken")
     return model
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkt_stages.artifacts import is_finite
 from pkt_stages.core.similarity import bin_edges, histogram
 from pkt_stages.errors import UserError
 from pkt_stages.models.adapters import Adapter
@@ -78,7 +79,7 @@ def ranges(parts: Parts) -> Ranges:
     edges = bin_edges(SMALLEST, LARGEST, PER_DECADE)
     names, found = [], []
     for name, values in track(parts, "weights"):
-        if not bool(values.isfinite().all()):
+        if not is_finite(values):
             raise UserError(f"{name}: the delta holds NaN or infinity")
         names.append(name)
         found.append((statistics(values), histogram(values, edges)))

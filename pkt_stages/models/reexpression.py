@@ -27,8 +27,8 @@ from torch import Tensor
 
 from pkt_stages.core.transport import random_isometry
 from pkt_stages.errors import UserError
-from pkt_stages.models.folding import PROJECTIONS, READS, WRITES, Folded
-from pkt_stages.models.sites import SHAPE, Geometry, family, module_name
+from pkt_stages.models.folding import READS, WRITES, Folded
+from pkt_stages.models.sites import PROJECTIONS, SHAPE, Geometry, family, module_name
 
 Filler = Literal["zero", "random"]
 

@@ -27,6 +27,8 @@ SUBLAYER_OF_SITE = {"ffn_up": "ffn", "ffn_down": "ffn", "attn_v": "attn", "attn_
 
 # What Seeking's own repository moves beside the four sites; the last two are not of a layer.
 OTHER_WEIGHTS = ("ffn_gate", "attn_q", "attn_k", "embedding", "head")
+# All projections of a layer.
+PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down")
 _STORED_AS_COLUMNS = frozenset({"ffn_down", "attn_o"})
 
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}

@@ -21,9 +21,9 @@ from pkt_stages.errors import UserError
 from pkt_stages.models.changes import Change, DenseDelta
 from pkt_stages.models.correlation import FINAL, INPUTS, Correlation, Pair, PairSums
 from pkt_stages.models.derivation import Derived, Inputs
-from pkt_stages.models.folding import PROJECTIONS, READS, Folded
+from pkt_stages.models.folding import READS, Folded
 from pkt_stages.models.load import ModelRef, identity, vocabulary_difference
-from pkt_stages.models.sites import Geometry, check_same_shape, module_name
+from pkt_stages.models.sites import PROJECTIONS, Geometry, check_same_shape, module_name
 from pkt_stages.params import option
 from pkt_stages.progress import track
 

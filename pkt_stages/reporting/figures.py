@@ -162,10 +162,10 @@ def ladder(sources: Sequence[str], panels: Mapping[str, Sequence[Line]], *, many
             "Recovered share of the target's own training, by source (mean over tasks, ± 2 standard errors)",
             fontsize=11,
         )
-        named: dict[str, Any] = {}
-        for axis in axes if not many else ():
-            named |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        if named:
+        if not many:
+            named: dict[str, Any] = {}
+            for axis in axes:
+                named |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
             axes[0].figure.legend(
                 list(named.values()), list(named), loc="outside lower center", ncol=4, fontsize=8, frameon=False
             )

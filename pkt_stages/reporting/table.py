@@ -39,7 +39,7 @@ def compact(value: float, digits: int, sign: str = "") -> str:
 
 
 def rounded(value: float, digits: int, sign: str = "") -> str:
-    """With so many digits and no minus before zero; of three what were rounded to zero as `3e-5`, for it has a sign."""
+    """With so many digits and no minus before zero; of several, what would look like zero as `3e-5`: it has a sign."""
     if digits > 1 and value and not round(value, digits):
         size, exponent = f"{value:{sign}.0e}".split("e")
         return f"{size}e{int(exponent)}"

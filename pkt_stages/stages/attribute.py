@@ -147,7 +147,7 @@ def attribute(
         if not group.is_first:
             return
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not artifacts.is_finite(tensor):
             bad = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise UserError(f"{model}: {name} of example {sets[bad][1].id} is NaN or infinite; try --dtype float32")
     sizes = geometry(config)

@@ -129,7 +129,7 @@ def write_weights(folder: Path, named: Iterator[tuple[str, Tensor]], dtype: str)
 
     for name, weight in named:
         made = weight.to(getattr(torch, dtype)).contiguous()
-        if not bool(torch.isfinite(made).all()):
+        if not artifacts.is_finite(made):
             raise UserError(f"weight {name} is not finite in {dtype}; choose a wider dtype (--dtype float32)")
         size = made.numel() * made.element_size()
         if sum(w.numel() * w.element_size() for w in pending.values()) + size > SHARD_BYTES:

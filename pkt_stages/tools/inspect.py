@@ -199,7 +199,7 @@ def layers_together(shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
 
 def describe(tensor: Tensor) -> dict[str, Any]:
     """Dtype, shape, range, and whether all values are finite."""
-    finite = bool(tensor.isfinite().all()) if tensor.is_floating_point() else True
+    finite = artifacts.is_finite(tensor)
     about: dict[str, Any] = {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),

@@ -20,7 +20,7 @@ import typer
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
 from pkt_stages.evaluation.settings import EvaluateParams
-from pkt_stages.models.sites import SHAPE, SITES, Geometry
+from pkt_stages.models.sites import PROJECTIONS, SHAPE, SITES, Geometry
 from pkt_stages.options import PAIRS_AT_ONCE
 from pkt_stages.params import build, mapping, read_params, read_settings
 from pkt_stages.profile import GROUPS, read_profile
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 Params = TypeVar("Params")
 GIB = 2**30
-PROJECTIONS = (*SITES, "ffn_gate", "attn_q", "attn_k")  # of a layer
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 WRITTEN_TOKENS = 150  # per answer of the source that is trained on, about
 START_SECONDS = 10  # of a process: imports, reading weights not counted

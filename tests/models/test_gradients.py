@@ -15,10 +15,9 @@ from pkt_stages.core import transport
 from pkt_stages.encoding import Encoded
 from pkt_stages.errors import UserError
 from pkt_stages.models.correlation import activations
-from pkt_stages.models.folding import PROJECTIONS
 from pkt_stages.models.gradients import NORMS, gradient_sums, output_gradients
 from pkt_stages.models.load import load_model, resolve
-from pkt_stages.models.sites import module_name
+from pkt_stages.models.sites import PROJECTIONS, module_name
 
 GOLDEN = Path(__file__).parents[1] / "golden/transport"
 PAIRS = [(1, 0), (3, 2)]

@@ -158,6 +158,7 @@ def task(**parts: Any) -> Edit:
             lambda p: p["task"].update(chess=p["task"]["gsm8k"]),
             ["task: unknown task 'chess'; expected one of gsm8k, humaneval, mbpp, mmlu"],
         ),
+        (lambda p: p.update(prepared_task=3), ["prepared_task: expected a mapping or a list, found 3"]),
         (
             lambda p: p["prepared_task"].update(mmlu={}) or p["task"].update(mmlu=p["task"]["gsm8k"]),
             ["data_dir: task mmlu: no folder {folder}/data/tiny/mmlu; put train.jsonl and test.jsonl there, own splits,"],
