@@ -232,8 +232,8 @@ class Attribution:
     def sharper(self) -> dict[str, Any]:
         """One FFN with coefficients so large that about one pair in a hundred takes the plain path."""
         subvalues, residual, c = self._ffn()
-        log_p = core.log_softmax(self.plain.logits(residual))
-        [base] = core.bases(log_p[None], self.plain.token, self.plain.centred)
+        log_p = core.log_softmax(self.plain.logits(residual[None]))
+        [base] = core.bases(log_p, self.plain.token, self.plain.centred)
         scaled = c[None] / self.plain.divisor[:, None]
         factor, share = 1.0, 0.0
         while share < 0.01 and factor < 1e9:

@@ -51,7 +51,7 @@ class Scores:
 
 
 def lens_divisor(final: Float[Tensor, "*batch d_model"], eps: float, norm: str) -> Float[Tensor, "*batch"]:
-    """What the logit lens divides by, from the final layer's output.
+    """What the logit lens divides by, from the final layer's output; float64.
 
     Args:
         norm: `rms` is sqrt(mean(h^2) + eps) (Yu & Ananiadou 2024). `reference_code` is what LaTen's published code
@@ -59,31 +59,36 @@ def lens_divisor(final: Float[Tensor, "*batch d_model"], eps: float, norm: str) 
     """
     final = final.double()
     if norm == "rms":
-        return (final.square().mean(-1) + eps).sqrt().float()
+        return (final.square().mean(-1) + eps).sqrt()
     if norm == "reference_code":
-        return ((final.var(-1, unbiased=False) + 1e-5).sqrt() + 1e-6).sqrt().float()
+        return ((final.var(-1, unbiased=False) + 1e-5).sqrt() + 1e-6).sqrt()
     raise ValueError(f"norm must be rms or reference_code, found {norm!r}")
 
 
+@torch.no_grad()
 def logits(
     unembedding: Float[Tensor, "vocab d_model"],
     residual: Float[Tensor, "*#batch d_model"],
     divisor: Float[Tensor, "*#batch"],
     shift: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, "*batch vocab"]:
-    """Logits of the lens, float32.
+    """Logits of the lens, float64: `reference_code` divides by so little that float32 ones are 1e-5 nats off.
 
     Args:
         shift: what the final norm's bias adds.
     """
-    found = residual @ unembedding.mT / divisor[..., None]
+    rows = residual.double().flatten(0, -2)
+    found = rows.new_empty(len(rows), len(unembedding))
+    wide = rows.new_empty(min(MEAN_TILE, len(unembedding)), unembedding.shape[1])
+    for some, u in zip(found.split(MEAN_TILE, 1), unembedding.split(MEAN_TILE), strict=True):
+        some.copy_(rows @ wide[: len(u)].copy_(u).mT)
+    found = found.unflatten(0, residual.shape[:-1]) / divisor[..., None]
     return found if shift is None else found + shift
 
 
 def log_softmax(logits: Float[Tensor, "*batch vocab"], softcap: float | None = None) -> Float[Tensor, "*batch vocab"]:
-    """log p of logits, float64, or of softcap * tanh(logits / softcap)."""
-    exact = logits.double()
-    return torch.log_softmax(exact if softcap is None else softcap * (exact / softcap).tanh(), dim=-1)
+    """log p of logits, or of softcap * tanh(logits / softcap)."""
+    return torch.log_softmax(logits if softcap is None else softcap * (logits / softcap).tanh(), dim=-1)
 
 
 def log_probabilities(
@@ -91,7 +96,7 @@ def log_probabilities(
     residual: Float[Tensor, "example d_model"],
     divisor: Float[Tensor, " example"],
 ) -> Float[Tensor, "example vocab"]:
-    """log softmax of the logit lens; the logits are float32, sums and result float64."""
+    """log softmax of the logit lens, float64."""
     return log_softmax(logits(unembedding, residual, divisor))
 
 
@@ -140,7 +145,6 @@ def bases(
         token: w of each example.
         unembedding: U, centred over the vocabulary (`centred`).
     """
-    log_p = log_p.double()
     own = token.expand(log_p.shape[:-1])[..., None]
     chosen = log_p.scatter(-1, own, torch.inf).topk(min(NUM_EXACT, log_p.shape[-1]), dim=-1).indices
     rest = log_p.scatter(-1, chosen, -torch.inf)
@@ -304,7 +308,7 @@ def capped_neuron_scores(
         some = slice(start, start + columns)
         g = torch.cat([subvalues[some].double() @ u.double().mT for u in unembedding.split(WIDE_TILE)], dim=1)
         for variant in range(len(coefficients)):
-            for example, own in enumerate(logits.double()):
+            for example, own in enumerate(logits):
                 moved = g * coefficients[variant, example, some, None].double() + own
                 log_p = log_softmax(moved, softcap)[:, token[example]]
                 scores[variant, example, some] = (log_p - base[example]).float()

@@ -49,10 +49,10 @@ class Examples:
         return torch.stack([getattr(c, name)[layer] for c in self.captured])
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Logits of the lens [norm * example, vocab], not capped, for residuals [example, d_model]."""
+        """Logits of the lens [stream, norm * example, vocab], not capped, for residuals [stream, example, d_model]."""
         divisor = self.divisor.unflatten(0, (len(self.norms), -1))
         # One product, however many norms see it.
-        return core.logits(self.lens.unembedding, residual[None], divisor, self.lens.shift).flatten(0, 1)
+        return core.logits(self.lens.unembedding, residual[:, None], divisor, self.lens.shift).flatten(1, 2)
 
 
 def on_lens(
@@ -113,8 +113,8 @@ def score_layer(examples: Examples, layer: int, tolerance: float) -> dict[str, T
     of_ffn = 0 if in_parallel(examples.model.config) else 1
     after = (before, between)[of_ffn] + examples.stacked("ffn_output", layer)
     softcap = examples.lens.softcap
-    logits = [examples.logits(stream) for stream in (before, between, after)]
-    log_p = torch.stack([core.log_softmax(of_stream, softcap) for of_stream in logits])
+    logits = examples.logits(torch.stack([before, between, after]))
+    log_p = core.log_softmax(logits, softcap)
     made = {
         "attn_gain": core.block_gain(log_p[0], log_p[1], token),
         "ffn_gain": core.block_gain(log_p[of_ffn], log_p[2], token),

@@ -41,12 +41,14 @@ class Model:
         ref: None for one that a stage makes.
         sizes: None where nobody says.
         config: of a model in a folder; None for others.
+        tied: whether its head is known to be its embedding.
     """
 
     name: str
     ref: ModelRef | None
     sizes: Geometry | None
     config: Any = None
+    tied: bool = False
 
     @property
     def context(self) -> int | None:
@@ -134,8 +136,8 @@ class Models:
             ref = resolve(str(at))
             if ref.is_local:
                 config = load_config(ref)
-                Checkpoint(ref)  # the headers of all files against the config
-                return Model(name, ref, geometry(config), config)
+                tied = Checkpoint(ref).tied  # which holds the headers of all files to the config
+                return Model(name, ref, geometry(config), config, tied)
             if ref.sizes:
                 return Model(name, ref, Geometry(**dict(ref.sizes)))
             commit = hub.cached_commit(ref.location, ref.revision)
@@ -215,7 +217,8 @@ class Models:
     def _check_source(self, source: str, large: Geometry, target: Geometry) -> None:
         name, aim = chat_model(source), self._profile.target
         have, want = (num_parameters(replace(sizes, vocab_size=0)) for sizes in (large, target))
-        if have < want:
+        # A small model with a large vocabulary may have most of its parameters outside its layers
+        if have < want and num_parameters(large) < num_parameters(target):
             told = f"{name} has {have:,} parameters in its layers, the target {aim} {want:,}"
             self._checked.note(
                 "source", f"{told}; expected a source that is no smaller: are source and target swapped?"
@@ -253,6 +256,22 @@ class Models:
                 continue
             if hasattr(module, "check"):
                 self._try(f"{where}, {source}", module.check, large, target, params)
+            if getattr(params, "vocabulary", False) and self._moves_into_tied(source):
+                told = f"{self._profile.target}: its head is its embedding, which get different changes"
+                self._checked.note(where, f"{told}; set vocabulary: false")
+
+    def _moves_into_tied(self, source: str) -> bool:
+        """Whether a source's changes of the vocabulary would go, token by token, to a target that has one weight."""
+        from pkt_stages.models.load import odd_token
+
+        target, base = self.get(self._profile.target), base_model(source)
+        if target is None or not target.tied:
+            return False
+        written = self._profile.reexpressed.get(base, {})
+        both = [self.tokenized(name) for name in (written.get("of", base), target.name)]
+        if any(model is None for model in both):
+            return False
+        return odd_token([model.tokenizer for model in both if model is not None], ("", "")) is None
 
     def _check_vocabularies(self) -> None:
         """Of a teacher's logits the target's must be the same tokens."""

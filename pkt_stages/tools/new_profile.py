@@ -124,7 +124,7 @@ def new_profile(
             raise UserError(f"{what} {given!r} is no name here; use {said}")
     folder = root / FOLDER / name
     if folder.exists():
-        raise UserError(f"{folder}: is there already; give another name, or edit it")
+        raise UserError(f"{folder}: is there already; give another name, edit it, or remove the folder first")
     known = {path: read_params(path) for path in (root / PARAMS, *sorted((root / FOLDER).glob(f"*/{PARAMS}")))}
     wanted = {key: value for key, value in (("models_dir", models_dir), ("data_dir", data_dir)) if value is not None}
     fitting = [content for content in known.values() if wanted.items() <= content.items()] or list(known.values())
@@ -147,6 +147,8 @@ def new_profile(
     typer.echo(f"new-profile: {path} with {len(chosen)} tasks and {sum(map(len, ROWS.values()))} rows")
     for line in left:
         typer.echo(f"still missing: {line}")
+    if any(f"{model!r}: no folder" in line for line in left for model in (chat_model(source), target)):
+        typer.echo(f"if a model's name is mistyped: rm -r {path.parent}, and once more")
     typer.echo(
         f"next: {'mend that, ' if left else ''}edit {path}, pkt check {path.parent}, pkt plan {path.parent / GRAPH}"
     )

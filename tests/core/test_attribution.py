@@ -52,6 +52,18 @@ def test_scores_equal_the_definition_in_float64(scale: float) -> None:
     assert error < 1e-6 + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+def test_the_lens_divides_by_little() -> None:
+    """As `reference_code` does: logits of hundreds, alike for many tokens, whose float32 rounding is microNats."""
+    case = random_case(2e-2) | {"divisor": torch.tensor([0.2, 0.1, 0.3])}
+    case["unembedding"] = case["unembedding"] / 8 + torch.ones(16)
+    case["residual"] = case["residual"] / 2 + 3
+    found = core.logits(case["unembedding"], case["residual"], case["divisor"])
+    assert found.min() > 100 and found.softmax(-1).amax(-1).min() < 0.8
+    exact = oracle(case)
+    assert 0.1 < exact.abs().max() < 2
+    assert (ours(case).values.double() - exact).abs().max() < 1e-7
+
+
 def test_small_neurons_take_the_moments_and_large_ones_the_plain_path() -> None:
     assert ours(random_case(1e-4)).num_plain == 0
     assert ours(random_case(10.0)).num_plain > 0.9 * 2 * 3 * 37

@@ -330,6 +330,41 @@ def test_teachers_share_the_vocabulary(own: Path) -> None:
     assert len(lines) == 1 and lines[0].startswith("teacher: source and target must share their vocabulary: token ")
 
 
+def test_a_small_model_with_a_large_vocabulary_is_a_source(own: Path) -> None:
+    """As Gemma-3-270M, most of which is its embedding."""
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1}
+    make_model(own / "data/tiny/source-chat", seed=1, **sizes)
+    (line,) = [line for line in found(own) if line.startswith("source: ")]
+    assert line.startswith("source: source-chat has 64,512 parameters in its layers, the target target-chat 92,160")
+    make_model(own / "data/tiny/source-chat", seed=1, **sizes, vocab_size=1024)
+    assert not any(line.startswith("source: ") for line in found(own))
+
+
+def test_a_vocabulary_is_not_moved_into_one_weight(own: Path) -> None:
+    """A tied target has one change for embedding and head; another's tokens never get that far."""
+    make_model(own / "data/tiny/target-chat", seed=2, tie_word_embeddings=True)
+    shutil.copytree(own / "data/tiny/source-chat", own / "data/tiny/source-base")
+
+    def moved(params: dict[str, Any]) -> None:
+        params["transport_source"] = ["source"]
+        add_row(params, "transport", "matched", {"code": "matched"})
+
+    assert found(own, moved) == [
+        "made_by.transport.matched: target-chat: its head is its embedding, which get different changes;"
+        " set vocabulary: false"
+    ]
+    assert (
+        found(own, lambda p: moved(p) or add_row(p, "transport", "matched", {"code": "matched", "vocabulary": False}))
+        == []
+    )
+    file = own / "data/tiny/source-base/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(tokenizer))
+    assert not any("its head is its embedding" in line for line in found(own, moved))
+
+
 def test_own_splits_are_taken_as_they_are(own: Path) -> None:
     """And all that are too short are told at once."""
     for name, count in (("extract", 3), ("align", 7), ("train", 5)):
@@ -398,13 +433,15 @@ def test_a_new_profile(pkt: Run, own: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert made["align"] == made["evaluate"] == {}
     before = (own / "profiles/mine/params.yaml").read_bytes()
     status, _, err = pkt(*asked)
-    assert (status, err) == (2, "pkt: error: profiles/mine: is there already; give another name, or edit it\n")
+    there = "profiles/mine: is there already; give another name, edit it, or remove the folder first"
+    assert (status, err) == (2, f"pkt: error: {there}\n")
     assert (own / "profiles/mine/params.yaml").read_bytes() == before
     status, printed, err = pkt(
         "new-profile", "other", "--source", "absent-7b", "--target", "target-chat", "--task", "gsm8k"
     )
     assert status == 0, err
     assert "'absent-7b-chat': no folder data/tiny/absent-7b-chat; put its weights there, or a hub.yaml" in printed
+    assert "if a model's name is mistyped: rm -r profiles/other, and once more" in printed
     assert pkt("new-profile", "a b", "--source", "s", "--target", "t")[0] == 2
     monkeypatch.chdir(own / "data")
     assert pkt("check")[2] == (
