@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pkt_stages.models.load import ModelRef
 
 
+MAX_LOGITS = 2**28  # at a time, 1 GiB in float32: with 262,144 tokens and answers of 200, a batch of 64 would take 12
+
+
 @dataclass(frozen=True)
 class Request:
     """One text to continue.
@@ -120,11 +123,15 @@ class HfBackend:
     def continuation_logprobs(self, asked: Sequence[Continuation]) -> list[list[float]]:
         import torch
 
+        # All end at the right edge; the last token's own logits predict what comes after it.
+        kept = max(len(one.tokens) for one in asked) + 1
+        at_once = max(1, MAX_LOGITS // (kept * self._model.config.vocab_size))
+        if len(asked) > at_once:
+            parts = [asked[start : start + at_once] for start in range(0, len(asked), at_once)]
+            return [chances for part in parts for chances in self.continuation_logprobs(part)]
         found = []
         with torch.inference_mode():
             inputs = self._padded([one.context + one.tokens for one in asked])
-            # All end at the right edge; the last token's own logits predict what comes after it.
-            kept = max(len(one.tokens) for one in asked) + 1
             logits = self._model(**inputs, logits_to_keep=kept, use_cache=False).logits
             for row, one in zip(logits, asked, strict=True):
                 tokens = torch.tensor(one.tokens, device=row.device)[:, None]

@@ -262,7 +262,7 @@ def test_likelihoods_are_those_of_a_slow_loop(loaded: tuple[Any, Any], template:
         assert row == {"id": example.id, "log_likelihood": round(nats, 4)}
 
 
-def test_likelihoods_of_continuations_token_by_token(loaded: tuple[Any, Any]) -> None:
+def test_likelihoods_of_continuations_token_by_token(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [
         Continuation([0, 50, 51, 52], [60, 61]),
         Continuation([0], [70, 71, 72, 73, 74]),
@@ -271,6 +271,16 @@ def test_likelihoods_of_continuations_token_by_token(loaded: tuple[Any, Any]) ->
     found = HfBackend(*loaded).continuation_logprobs(asked)
     for one, row in zip(asked, found, strict=True):
         assert row == pytest.approx(slowly(loaded, one.context + one.tokens, len(one.context)), abs=1e-5)
+    # No more of them at once than fit: a large vocabulary times long answers fills the memory.
+    made: list[int] = []
+    hook = loaded[0].get_output_embeddings().register_forward_hook(lambda *given: made.append(given[2].numel()))
+    for rows, calls in ((2, 2), (1, 3), (0.5, 3)):
+        monkeypatch.setattr("pkt_stages.evaluation.backends.MAX_LOGITS", int(rows * 6 * loaded[0].config.vocab_size))
+        made.clear()
+        again = HfBackend(*loaded, identity="model").continuation_logprobs(asked)
+        assert len(made) == calls and max(made) <= max(1, rows) * 6 * loaded[0].config.vocab_size
+        assert [pytest.approx(row, abs=1e-5) for row in again] == found
+    hook.remove()
 
 
 def test_the_likelihood_of_a_choice_is_among_the_choices(backend: HfBackend) -> None:
