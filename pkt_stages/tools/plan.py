@@ -19,6 +19,7 @@ import typer
 
 from pkt_stages import methods, tasks
 from pkt_stages.errors import UserError
+from pkt_stages.evaluation.backends import MAX_LOGITS
 from pkt_stages.evaluation.settings import EvaluateParams
 from pkt_stages.models.sites import PROJECTIONS, SHAPE, SITES, Geometry
 from pkt_stages.options import PAIRS_AT_ONCE
@@ -442,7 +443,7 @@ class Estimator:
         return Need(
             flops=2 * size * answers * self._tokens,
             moved=passes * size * width,
-            memory=size * width * 1.3,
+            memory=size * width * 1.3 + 4 * min(MAX_LOGITS, 64 * self._tokens * sizes.vocab_size),
             disk=answers * 1000,
             host=launching(sizes, passes) if settings.backend == "hf" else 0.0,
         )
