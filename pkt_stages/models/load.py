@@ -127,7 +127,11 @@ def load_config(ref: ModelRef) -> Any:
             f"{ref.location}: its config.json names a file of its own for the weights (transformers_weights); call it"
             " model.safetensors and take the key out"
         )
-    sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
+    try:
+        sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if said.startswith(ref.location) else f"{ref.location}: {said}") from None
     if not 1 <= sizes.num_layers <= MAX_LAYERS:
         raise UserError(f"{ref.location}: {sizes.num_layers} layers; expected 1 to {MAX_LAYERS}")
     for name, size in ref.sizes:

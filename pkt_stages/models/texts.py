@@ -12,6 +12,7 @@ from pkt_stages.errors import UserError, shown
 from pkt_stages.examples import read_jsonl
 from pkt_stages.models.batches import Batch
 from pkt_stages.models.load import ModelRef, load_config, load_tokenizer
+from pkt_stages.models.sites import context_length
 
 
 def read_texts(path: Path, count: int) -> list[str]:
@@ -33,7 +34,7 @@ def read_texts(path: Path, count: int) -> list[str]:
 def encode_texts(ref: ModelRef, texts: Sequence[str], path: Path, max_tokens: int | None) -> list[list[int]]:
     """Token ids of each text with BOS, cut to `max_tokens`; UserError for one that does not fit into the context."""
     tokenizer = load_tokenizer(ref)
-    limit = getattr(load_config(ref), "max_position_embeddings", None) or 2**31
+    limit = context_length(load_config(ref)) or 2**31
     encoded = [tokenize(tokenizer, text)[0][:max_tokens] for text in texts]
     for number, ids in enumerate(encoded, start=1):
         if len(ids) > limit:
