@@ -72,6 +72,18 @@ def test_attribute_to_evaluate(pkt: Run, tmp_path: Path, name: str) -> None:
     assert found[0]["log_likelihoods"] != base[0]["log_likelihoods"]
 
 
+def test_compare(pkt: Run, tmp_path: Path) -> None:
+    """Models of one size need not have the same weights."""
+    sizes = {"head_dim": 16, "tie_word_embeddings": False}
+    first, second = (save(CASES[name], tmp_path / name, **sizes) for name in ("qwen2", "phi3"))
+    given = ("--texts", texts(tmp_path / "t.jsonl"), "--num-texts", 4, "--reduction", "all")
+    pair = ("--first", first, "--second", second, "--out", tmp_path / "o", "--metrics", tmp_path / "m.json")
+    status, printed, err = pkt("compare", *pair, *given)
+    assert status == 0, err
+    assert "; no ranges, for their weights are not the same ones; 4 texts" in printed
+    assert json.loads((tmp_path / "m.json").read_text())["ranges"] is None
+
+
 FUSED = "moves whole matrices, and it keeps several weights in one matrix"
 FOLD = "transports and reexpress fold the norms' gains into the weights, and "
 
