@@ -105,7 +105,7 @@ class HfBackend:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.max_length = context_length(model.config) or 2**31
+        self.max_length = context_length(model.config, left=True) or 2**31
         self._model = model
         self.ends = end_tokens(model.generation_config, tokenizer)
 

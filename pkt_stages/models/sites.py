@@ -310,15 +310,21 @@ def _not_covered(config: Any, kind: Family) -> Iterator[tuple[str, Any, str]]:
         yield kind.window, window, "expected a number above 0"
 
 
-def context_length(config: Any) -> int | None:
+def context_length(config: Any, *, left: bool = False) -> int | None:
     """The longest text that a model takes, tokens; None if its config does not say.
 
     With longrope no longer than its frequencies are the short ones: beyond that all tokens of a batch get others, also
     those of shorter texts beside it.
+
+    Args:
+        left: texts are filled up on the left. Llama 4's attention counts that as positions where it scales queries with
+            them (`attn_temperature_tuning`), from `floor_scale` on.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
     every = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or by kind of layer
     short = [rope.get("original_max_position_embeddings") for rope in every if rope.get("rope_type") == "longrope"]
+    if left and getattr(config, "attn_temperature_tuning", False):
+        short.append(max(1, config.floor_scale - 1))
     return min(filter(None, (getattr(config, "max_position_embeddings", None), *short)), default=None)
 
 

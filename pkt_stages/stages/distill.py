@@ -90,7 +90,7 @@ def run(job: Job[DistillParams], place: Place, refs: Sequence[ModelRef], raw: Se
         found = [distillation.answer_ends(t, example, params.template, side) for side, t in enumerate(both)]
         ends.append((found[0], found[1]))
     if params.objective == "gkd":
-        distillation.check_lengths(job.examples, params.max_new_tokens, context_length(config) or 2**31)
+        distillation.check_lengths(job.examples, params.max_new_tokens, context_length(config, left=True) or 2**31)
     modules = lora.site_modules(config)
     sizes = lora.Lora(modules, params.rank, params.alpha, params.dropout)
 

@@ -237,3 +237,16 @@ def test_longrope(pkt: Run, tmp_path: Path) -> None:
     words = ("attribute", "--extract", extract, "--out", tmp_path / "o", "--model", save(case, tmp_path / "m"))
     status, _, err = pkt(*words)
     assert status == 2 and "example toy_1: " in err and err.endswith(" tokens of context, the model takes 64\n")
+
+
+def test_llama_4_scales_queries_by_columns(pkt: Run, tmp_path: Path) -> None:
+    """Which count what a batch is filled up with on the left; a text for which that matters is too long to evaluate."""
+    case = Case("llama4_text", {**CASES["llama4"].settings, "no_rope_layers": [1, 0], "floor_scale": 32})
+    assert context_length(case.config()) == 256 and context_length(case.config(), left=True) == 31
+    model, test = save(case, tmp_path / "m"), tmp_path / "test.jsonl"
+    row = {"question": "1 + 1?" * 9, "answer": "#### 2"}
+    write_jsonl(test, [tasks.load("gsm8k").example(row, "q").to_row()])
+    given = ("--task", "gsm8k", "--test", test, "--nats-only", "--out", tmp_path / "o", "--scratch", tmp_path / "s")
+    status, _, err = pkt("evaluate", "--model", model, *given)
+    assert status == 2 and " tokens with the reference answer, the model's context is 31; " in err
+    assert not (tmp_path / "o").exists()
