@@ -112,8 +112,8 @@ def load_config(ref: ModelRef) -> Any:
     )
     if getattr(config, "auto_map", None):
         raise UserError(
-            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; use a model of"
-            " an architecture that transformers has"
+            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; where"
+            f" transformers' own class of architecture {config.model_type!r} is meant, take the key out of a copy"
         )
     for name in QUANTISATION:
         if found := getattr(config, name, None):
