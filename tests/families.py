@@ -142,6 +142,9 @@ def make(case: Case, *, seed: int = 0, **more: Any) -> Any:
 
 def save(case: Case, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
     """The same as a folder with the byte tokenizer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # whose lines would stand among those of a command
     model = make(case, seed=seed, **more).to(dtype)
     model.save_pretrained(folder)
     save_tokenizer(folder)

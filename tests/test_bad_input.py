@@ -24,7 +24,7 @@ TABLE = [
     ("no model", "attribute --model {nowhere} --extract {examples} --out {tmp}/o", "{nowhere}: no such folder, and not a hub name of the form owner/name or owner/name@revision"),
     ("second file", "attribute --model {target} --examples {examples} --examples {data} --out {tmp}/o", "--extract {data}: a second file; give the examples that deltas are for as --transfer"),
     ("folder without config", "attribute --model {data} --extract {examples} --out {tmp}/o", "{data}: a folder without config.json; expected a Hugging Face model folder"),
-    ("architecture", "attribute --model {opt} --extract {examples} --out {tmp}/o", "architecture 'opt' is not supported: its positions are embedded and its FFN has no gate; supported are llama, mistral, qwen2, qwen3, smollm3, granite, gemma, gemma2, gemma3_text, olmo2, phi3, gpt_neox, llama4_text"),
+    ("architecture", "attribute --model {opt} --extract {examples} --out {tmp}/o", "{opt}: architecture 'opt' is not supported: its positions are embedded and its FFN has no gate; supported are llama, mistral, qwen2, qwen3, smollm3, granite, gemma, gemma2, gemma3_text, olmo2, phi3, gpt_neox, llama4_text"),
     ("device", "attribute --model {target} --extract {examples} --out {tmp}/o --device tpu9", "device 'tpu9' cannot be used here (Invalid device string: 'tpu9'); expected cpu, cuda, cuda:N or auto"),
     ("pickle only", "attribute --model {pickled} --extract {examples} --out {tmp}/o", "{pickled}: holds no safetensors weights ("),
     ("truncated weights", "attribute --model {truncated} --extract {examples} --out {tmp}/o", "{truncated}/model.safetensors: not a readable safetensors file ("),

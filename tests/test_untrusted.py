@@ -79,7 +79,8 @@ def test_code_of_a_model_is_not_run(pkt: Run, model: Path, tmp_path: Path, kind:
     (model / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
     names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     edit(model / "config.json", model_type=kind, auto_map=names)
-    assert "asks for code of its own" in refusal(pkt, model)
+    said = refusal(pkt, model)
+    assert "asks for code of its own" in said and ("take the key out of a copy" in said) == (kind == "llama")
     assert not (tmp_path / "marker").exists()
 
 

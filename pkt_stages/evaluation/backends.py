@@ -99,6 +99,7 @@ class HfBackend:
             identity: by default the hash of the weights; to be given if hooks change what the model computes.
         """
         from pkt_stages.models.load import weights_hash
+        from pkt_stages.models.sites import context_length
 
         if identity is None:
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks: give an identity"
@@ -107,7 +108,7 @@ class HfBackend:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.max_length = int(model.config.max_position_embeddings)
+        self.max_length = context_length(model.config, left=True) or 2**31
         self._model = model
         self.ends = end_tokens(model.generation_config, tokenizer)
 

@@ -68,7 +68,7 @@ class Comparison:
         means = ", ".join(f"{site} {float(similarity.mean()):.2f}" for site, similarity in self.cka.items())
         said = f"mean CKA of layer pairs {means}"
         if self.ranges is None:
-            return f"{said}; no ranges, for their weights are of different shapes"
+            return f"{said}; no ranges, for their weights are not the same ones"
         whole = self.ranges.overall()
         said += f"; delta {whole['min']:+.4f} .. {whole['max']:+.4f}"
         if self.deltas is not None and (whole_cosine := self.deltas["all"]["cosine"]) is not None:
@@ -127,13 +127,13 @@ def changes_from(base: ModelRef, refs: Sequence[ModelRef]) -> list[Parts]:
     """What each model has more than the base that it went on from, not read yet.
 
     Raises:
-        UserError: one is of another size, or as `of_models`.
+        UserError: one is of another size, or has other weights.
     """
     found = []
     for ref in refs:
         parts = of_models(base, ref)
         if parts is None:
-            raise UserError(f"{ref.location}: of another size than --base {base.location}; give what it went on from")
+            raise UserError(f"{ref.location}: has other weights than --base {base.location}; give what it went on from")
         found.append(parts)
     return found
 

@@ -21,6 +21,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import Example
 from pkt_stages.models.batches import padded, padding_mask
 from pkt_stages.models.load import odd_token
+from pkt_stages.models.texts import whole
 from pkt_stages.models.train_set import collate, rows
 from pkt_stages.templates import Template, render_prompt
 
@@ -148,8 +149,8 @@ def answer_ends(tokenizer: Any, example: Example, template: Template, side: int)
     ends = [max(0, end - len(prompt)) for _, end in spans]
     found = []
     inside = 0
-    for end, following in zip(ends, [*ends[1:], -1], strict=True):
-        inside = inside + 1 if end == following and end > 0 else 0
+    for end, is_whole in zip(ends, whole(spans), strict=True):
+        inside = inside + 1 if not is_whole and end > 0 else 0
         found.append(end * _UNITS if not inside else (end - 1) * _UNITS + 2 * inside + side)
     return [*found, len(example.answer) * _UNITS]
 

@@ -113,8 +113,8 @@ def load_config(ref: ModelRef) -> Any:
     )
     if getattr(config, "auto_map", None):
         raise UserError(
-            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; use a model of"
-            " an architecture that transformers has"
+            f"{ref.location}: its config.json asks for code of its own (auto_map), which is never run; where"
+            f" transformers' own class of architecture {config.model_type!r} is meant, take the key out of a copy"
         )
     for name in QUANTISATION:
         if found := getattr(config, name, None):
@@ -128,7 +128,11 @@ def load_config(ref: ModelRef) -> Any:
             f"{ref.location}: its config.json names a file of its own for the weights (transformers_weights); call it"
             " model.safetensors and take the key out"
         )
-    sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
+    try:
+        sizes = hub.explained(ref.location, ref.revision, lambda: geometry(config))
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if said.startswith(ref.location) else f"{ref.location}: {said}") from None
     if not 1 <= sizes.num_layers <= MAX_LAYERS:
         raise UserError(f"{ref.location}: {sizes.num_layers} layers; expected 1 to {MAX_LAYERS}")
     for name, size in ref.sizes:

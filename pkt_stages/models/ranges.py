@@ -105,21 +105,16 @@ def statistics(values: Tensor) -> Tensor:
 def of_models(first: ModelRef, second: ModelRef) -> Parts | None:
     """What the second model has more than the first, weight by weight, float32.
 
-    None if there is no such thing, because their sizes differ.
-
-    Raises:
-        UserError: they are of the same size, but a weight of one is not in the other.
+    None if there is no such thing, because their sizes differ, or a weight of one is not in the other: architectures,
+    biases and heads of their own differ also among models of one size.
     """
     sizes = [geometry(load_config(ref)) for ref in (first, second)]
     if sizes[0] != sizes[1]:
         return None
     checkpoints = [Checkpoint(ref) for ref in (first, second)]
     names = checkpoints[0].names()
-    if odd := sorted(set(names).symmetric_difference(checkpoints[1].names())):
-        have, lack = (first, second) if odd[0] in names else (second, first)
-        raise UserError(
-            f"{lack.location}: no weight {odd[0]}, which {have.location} has; models of one size must have the same"
-        )
+    if names != checkpoints[1].names():
+        return None
     pairs = ((name, [checkpoint.weight(name).float() for checkpoint in checkpoints]) for name in names)
     return ((name, after - before) for name, (before, after) in pairs)
 

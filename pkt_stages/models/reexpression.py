@@ -5,7 +5,8 @@ Every step leaves the function as it is, and can be left out but for those that 
 1. The gain of every norm is folded into the maps that read it, and multipliers into those that write.
 2. Residual basis: x' = x E, E the first d rows of a random orthogonal matrix [d', d']. What reads becomes W E, what
    writes E^T W. As |x'| = |x| but the mean square is over d' numbers, every norm gets the gain sqrt(d / d') and
-   d / d' times its eps.
+   d / d' times its eps. Norms of q and k (Qwen3) share that eps, which changes them by less than eps / 2 over the mean
+   square of a head's q or k: nothing at 1e-6. (q and k themselves stay: the changes in them must have their size.)
 3. FFN neurons go to random places among d_ff'. The others are filler: zero subvalue, so that they add nothing.
 4. Heads go to random places, each query head beside its own key/value head; inside a head v is turned by a random
    orthogonal matrix and o back (q and k may not be: RoPE). Filler heads have zero o.

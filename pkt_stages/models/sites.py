@@ -13,7 +13,7 @@ are Llama's; `FAMILIES` says what other architectures do differently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +46,9 @@ _PRE_NORMS = {"attn": "input_layernorm", "ffn": "post_attention_layernorm"}
 _GEMMA_PRE_NORMS = {"attn": "input_layernorm", "ffn": "pre_feedforward_layernorm"}
 _POST_NORMS = {"attn": "post_attention_layernorm", "ffn": "post_feedforward_layernorm"}
 _MOE = "its FFN is a mixture of experts: which neurons a layer has depends on the token"
+_FORESIGHT = "its tokens see those behind them"
+# What any config may switch off, as transformers reads it, with the reason why it may not.
+_ALWAYS = {"is_causal": _FORESIGHT, "return_dict": "what models return is read by name"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Family:
         multiplier, logits_scaling, logits_softcap, eps, d_ff: the config's names of these.
         embedding_scale: the config's name of what embeddings are multiplied by; `sqrt` is the square root of d_model.
         attention_softcap: the config's name of that of attention, which torch's own attention passes over.
+        window: the config's name of how many tokens some layers attend to, or all (`windowed` None).
+        windowed: what `layer_types` calls those layers; without it the family reads no `layer_types`.
         renamed: beginnings of names in checkpoints, and what they are in the model.
         never: settings that may not be set, with the reason.
     """
@@ -93,6 +98,8 @@ class Family:
     eps: str = "rms_norm_eps"
     d_ff: str = "intermediate_size"
     attention_softcap: str | None = None
+    window: str | None = None
+    windowed: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     never: Mapping[str, str] = field(default_factory=dict)
 
@@ -153,20 +160,23 @@ class Family:
         return None if self.before else "its blocks read the residual stream without a norm in front of them"
 
 
-_GEMMA = Family(gain_offset=1.0, embedding_scale="sqrt")
+_IN_ALL = Family(window="sliding_window")
+_IN_SOME = Family(window="sliding_window", windowed="sliding_attention")
+_GEMMA = Family(gain_offset=1.0, embedding_scale="sqrt", never={"use_bidirectional_attention": _FORESIGHT})
 _GEMMA_3 = replace(
     _GEMMA,
     before=_GEMMA_PRE_NORMS,
     after=_POST_NORMS,
     logits_softcap="final_logit_softcapping",
-    never={"use_bidirectional_attention": "its tokens see those behind them"},
+    window="sliding_window",
+    windowed="sliding_attention",
 )
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "smollm3": Family(),
+    "mistral": _IN_ALL,
+    "qwen2": _IN_SOME,
+    "qwen3": _IN_SOME,
+    "smollm3": _IN_SOME,
     "granite": Family(
         multiplier="residual_multiplier", logits_scaling="logits_scaling", embedding_scale="embedding_multiplier"
     ),
@@ -174,7 +184,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": replace(_GEMMA_3, attention_softcap="attn_logit_softcapping"),
     "gemma3_text": _GEMMA_3,
     "olmo2": Family(before={}, after=_POST_NORMS),
-    "phi3": Family(modules=_FUSED_MLP | _FUSED_ATTENTION, fused="stacked"),
+    "phi3": replace(_IN_ALL, modules=_FUSED_MLP | _FUSED_ATTENTION, fused="stacked"),
     "gpt_neox": Family(
         base="gpt_neox",
         norm="final_layer_norm",
@@ -186,7 +196,13 @@ FAMILIES: Mapping[str, Family] = {
         eps="layer_norm_eps",
         renamed={"embed_out.": "lm_head."},
     ),
-    "llama4_text": Family(modules=_FEED_FORWARD | _ATTENTION, d_ff="intermediate_size_mlp", never={"moe_layers": _MOE}),
+    "llama4_text": Family(
+        modules=_FEED_FORWARD | _ATTENTION,
+        d_ff="intermediate_size_mlp",
+        window="attention_chunk_size",
+        windowed="chunked_attention",
+        never={"moe_layers": _MOE},
+    ),
 }
 SUPPORTED = tuple(FAMILIES)
 _LLAMA = FAMILIES["llama"]
@@ -261,10 +277,55 @@ def family(config: Any) -> Family:
             f" supported are {', '.join(SUPPORTED)}"
         )
     found = FAMILIES[kind]
-    for name, reason in found.never.items():
-        if value := getattr(config, name, None):
-            raise UserError(f"config: {name} {shown(value)} of architecture {kind!r} is not supported: {reason}")
+    for name, value, reason in _not_covered(config, found):
+        raise UserError(f"config: {name} {shown(value)} of architecture {kind!r} is not supported: {reason}")
     return found
+
+
+def _not_covered(config: Any, kind: Family) -> Iterator[tuple[str, Any, str]]:
+    """Settings that are not covered: name, value and reason."""
+    if getattr(config, "is_heterogeneous", False):
+        yield "per_layer_config", list(config.to_dict()["per_layer_config"]), "these layers differ from the others"
+        return  # transformers gives no others of such a config
+    for name, reason in kind.never.items():
+        if value := getattr(config, name, None):
+            yield name, value, reason
+    for name, reason in _ALWAYS.items():
+        if not (value := getattr(config, name, True)):
+            yield name, value, reason
+    if kind.fused != "by_head" and getattr(config, "head_dim", 0) is None:
+        yield "head_dim", None, "transformers takes a number or no such key here; take it out"
+    if kind.window is None:
+        return
+    window, of_layers = getattr(config, kind.window, None), getattr(config, "layer_types", None) or []
+    if kind.windowed is None:
+        used = window is not None
+    else:
+        for layers in of_layers:
+            if layers not in ("full_attention", kind.windowed):
+                yield "layer_types", layers, f"its layers are full_attention or {kind.windowed}"
+        # Whoever cannot switch windows off makes their mask in any case.
+        used = kind.windowed in of_layers or not hasattr(config, "use_sliding_window")
+    if used and not (window is not None and window > 0):
+        yield kind.window, window, "expected a number above 0"
+
+
+def context_length(config: Any, *, left: bool = False) -> int | None:
+    """The longest text that a model takes, tokens; None if its config does not say.
+
+    With longrope no longer than its frequencies are the short ones: beyond that all tokens of a batch get others, also
+    those of shorter texts beside it.
+
+    Args:
+        left: texts are filled up on the left. Llama 4's attention counts that as positions where it scales queries with
+            them (`attn_temperature_tuning`), from `floor_scale` on.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    every = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or by kind of layer
+    short = [rope.get("original_max_position_embeddings") for rope in every if rope.get("rope_type") == "longrope"]
+    if left and getattr(config, "attn_temperature_tuning", False):
+        short.append(max(1, config.floor_scale - 1))
+    return min(filter(None, (getattr(config, "max_position_embeddings", None), *short)), default=None)
 
 
 def setting(config: Any, name: str | None) -> float:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pkt_stages.encoding import tokenize, tokens_at
+from pkt_stages.encoding import Spans, tokenize, tokens_at
 from pkt_stages.errors import UserError, shown
 from pkt_stages.examples import read_jsonl
 from pkt_stages.models.batches import Batch
 from pkt_stages.models.load import ModelRef, load_config, load_tokenizer
+from pkt_stages.models.sites import context_length
 
 
 def read_texts(path: Path, count: int) -> list[str]:
@@ -33,7 +36,7 @@ def read_texts(path: Path, count: int) -> list[str]:
 def encode_texts(ref: ModelRef, texts: Sequence[str], path: Path, max_tokens: int | None) -> list[list[int]]:
     """Token ids of each text with BOS, cut to `max_tokens`; UserError for one that does not fit into the context."""
     tokenizer = load_tokenizer(ref)
-    limit = getattr(load_config(ref), "max_position_embeddings", None) or 2**31
+    limit = context_length(load_config(ref)) or 2**31
     encoded = [tokenize(tokenizer, text)[0][:max_tokens] for text in texts]
     for number, ids in enumerate(encoded, start=1):
         if len(ids) > limit:
@@ -66,8 +69,14 @@ def paired_texts(refs: Sequence[ModelRef], path: Path, count: int, max_tokens: i
         for ref, own in zip(refs, ends, strict=True):
             if own != sorted(own):
                 raise UserError(f"{where}: tokens of {ref.location} do not stand in the text's order; leave it out")
-        for found, own in zip(places, partners(ends, max_tokens), strict=True):
-            found.append(own)
+        read_whole = [whole(spans) for _, spans in read]
+        pairs = [
+            pair
+            for pair in zip(*partners(ends, max_tokens), strict=True)
+            if all(own[place] for own, place in zip(read_whole, pair, strict=True))
+        ]
+        for model, found in enumerate(places):
+            found.append([pair[model] for pair in pairs])
     return [Batch(*both) for both in zip(ids, places, strict=True)]
 
 
@@ -75,6 +84,15 @@ def read_by(tokenizer: Any, ids: list[int]) -> str:
     """What tokens say."""
     said: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return said
+
+
+def whole(spans: Spans) -> list[bool]:
+    """By token whether its last character ends with it: that of a blank that a tokenizer writes before a word does not.
+
+    Args:
+        spans: characters from .. to of each token.
+    """
+    return [start >= end for (_, end), (start, _) in itertools.pairwise([*spans, (sys.maxsize, sys.maxsize)])]
 
 
 def partners(ends: Sequence[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
@@ -91,12 +109,12 @@ def partners(ends: Sequence[Sequence[int]], max_tokens: int | None = None) -> li
 
 
 def check_same_reading(read: Sequence[str], refs: Sequence[ModelRef], where: str) -> None:
-    """Raise UserError unless tokenizers read the same characters, but for blanks at the ends and compatible forms.
+    """Raise UserError unless tokenizers read the same characters, but for spaces at the ends and compatible forms.
 
     Args:
         read: by model what its tokens say.
     """
-    plain = [unicodedata.normalize("NFKC", text).strip() for text in read]
+    plain = [unicodedata.normalize("NFKC", text).strip(" ") for text in read]
     for ref, text in zip(refs[1:], plain[1:], strict=True):
         if text != plain[0]:
             place = next(

@@ -119,7 +119,7 @@ def attribute(
     Several processes (torchrun) divide examples and layers, each with the whole model; the bytes are the same.
     """
     from pkt_stages.models.load import check_device, identity, load_config, load_model, load_tokenizer, resolve
-    from pkt_stages.models.sites import geometry
+    from pkt_stages.models.sites import context_length, geometry
 
     watch = Stopwatch()
     ref = resolve(model)
@@ -135,7 +135,7 @@ def attribute(
         read = {name: read_examples(path) for name, path in files.items()}
         check_ids({f"{name} {files[name]}": examples for name, examples in read.items()})
         sets = [(name, example) for name, examples in read.items() for example in examples]
-        limit = getattr(config, "max_position_embeddings", None) or 2**31
+        limit = context_length(config) or 2**31
         located = [
             locate(tokenizer, example, template=params.template, max_length=limit, cut=params.cut)
             for _, example in sets

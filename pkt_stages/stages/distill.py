@@ -73,6 +73,7 @@ def run(job: Job[DistillParams], place: Place, refs: Sequence[ModelRef], raw: Se
     """
     from pkt_stages.encoding import encode, tokens_at
     from pkt_stages.models import distillation, load, lora, texts, training
+    from pkt_stages.models.sites import context_length
 
     source, target = refs
     params, config, tokenizer = job.params, load.load_config(target), load.load_tokenizer(target)
@@ -89,7 +90,7 @@ def run(job: Job[DistillParams], place: Place, refs: Sequence[ModelRef], raw: Se
         found = [distillation.answer_ends(t, example, params.template, side) for side, t in enumerate(both)]
         ends.append((found[0], found[1]))
     if params.objective == "gkd":
-        distillation.check_lengths(job.examples, params.max_new_tokens, config.max_position_embeddings)
+        distillation.check_lengths(job.examples, params.max_new_tokens, context_length(config, left=True) or 2**31)
     modules = lora.site_modules(config)
     sizes = lora.Lora(modules, params.rank, params.alpha, params.dropout)
 

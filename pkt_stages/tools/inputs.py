@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pkt_stages import hub, tasks
 from pkt_stages.errors import UserError, meant
 from pkt_stages.examples import Example, read_jsonl
-from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, check_same_shape, geometry
+from pkt_stages.models.sites import OTHER_WEIGHTS, SITES, Geometry, check_same_shape, context_length, geometry
 from pkt_stages.params import build, mistakes, read_params
 from pkt_stages.profile import GROUPS, OF_CODE, Method, chat_model
 from pkt_stages.stages import prepare, texts
@@ -53,7 +53,7 @@ class Model:
     @property
     def context(self) -> int | None:
         """Tokens that it takes."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return context_length(self.config) if self.config is not None else None
 
     @cached_property
     def tokenizer(self) -> Any:

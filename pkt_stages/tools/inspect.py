@@ -151,7 +151,7 @@ def model(folder: Path, stage: Origin | None) -> dict[str, Any]:
     """
     from pkt_stages.models.load import identity, load_tokenizer, resolve
     from pkt_stages.models.rows import Checkpoint, weight_files
-    from pkt_stages.models.sites import SITES, geometry
+    from pkt_stages.models.sites import SITES, context_length, geometry
 
     ref = resolve(str(folder))
     checkpoint, tokenizer = Checkpoint(ref), load_tokenizer(ref)
@@ -168,7 +168,7 @@ def model(folder: Path, stage: Origin | None) -> dict[str, Any]:
             "identity": identity(ref),
             "parameters": sum(math.prod(shape) for shape in shapes.values()),
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
-            "sizes": asdict(sizes) | {"context": getattr(config, "max_position_embeddings", None)},
+            "sizes": asdict(sizes) | {"context": context_length(config)},
             "sites": sites,
             "ties": "embedding and head are one weight" if checkpoint.tied else "embedding and head are two weights",
             "tokenizer": {

@@ -16,7 +16,7 @@ from pkt_stages.errors import UserError
 from pkt_stages.examples import Example, write_jsonl
 from pkt_stages.models.correlation import Correlation
 from pkt_stages.models.load import ModelRef, load_model, load_tokenizer
-from pkt_stages.models.texts import paired_texts, partners
+from pkt_stages.models.texts import check_same_reading, paired_texts, partners, whole
 from pkt_stages.templates import render_prompt
 from tests import tokenizers
 from tests.conftest import make_model, write_examples
@@ -85,6 +85,24 @@ def test_inside_a_character_the_last_token_counts() -> None:
     assert partners([[2, 3], [4, 5]]) == [[], []]
     assert partners([[1, 2, 3], [1, 3], [2, 3]]) == [[2], [1], [1]]
     assert partners([[0, 1, 1], [0, 1]], max_tokens=2) == [[0], [0]]  # a character that is not whole yet
+
+
+def test_a_blank_before_the_text_has_read_none_of_it(models: dict[str, Path], tmp_path: Path) -> None:
+    """SentencePiece's way writes one before the first word, and says that it is the word's first character."""
+    assert whole([(0, 0), (0, 1), (0, 5), (5, 6), (5, 6), (6, 9)]) == [True, False, True, False, True, True]
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "osts and"}])
+    refs = [ModelRef(str(models[name])) for name in ("metaspace", "bytes")]
+    read = paired_texts(refs, tmp_path / "t.jsonl", 1, None)
+    tokens = [load_tokenizer(ref).convert_ids_to_tokens(batch.ids[0]) for ref, batch in zip(refs, read, strict=True)]
+    assert tokens[0][:3] == ["<s>", "▁", "osts"]
+    assert [batch.places[0][:2] for batch in read if batch.places is not None] == [[0, 2], [0, tokens[1].index("s", 3)]]
+
+
+def test_line_breaks_before_a_text_count() -> None:
+    refs = [ModelRef("a"), ModelRef("b")]
+    check_same_reading([" a\n", "a\n "], refs, "here")
+    with pytest.raises(UserError, match="here: a reads '\\\\nThe', b reads 'The', so that"):
+        check_same_reading(["\nThe", "The"], refs, "here")
 
 
 def test_one_tokenizer_keeps_all_tokens(models: dict[str, Path], file: Path) -> None:

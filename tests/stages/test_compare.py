@@ -120,7 +120,7 @@ def test_models_of_different_shapes(
     """They have no ranges; equal runs write equal bytes."""
     for name in ("a", "b"):
         status, printed, _ = compare(pkt, tmp_path / name / "c", source_folder, texts, "--second", target_folder)
-        assert status == 0 and "; no ranges, for their weights are of different shapes; 8 texts -> " in printed
+        assert status == 0 and "; no ranges, for their weights are not the same ones; 8 texts -> " in printed
     for file in ("c/cka.safetensors", "c/compare.json", "c.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert not (tmp_path / "a/c/ranges.safetensors").exists()
@@ -315,7 +315,7 @@ def test_bad_input(
         (
             target_folder,
             ("--second", source_folder, "--base", target_folder),
-            f"{source_folder}: of another size than --base {target_folder}; give what it went on from",
+            f"{source_folder}: has other weights than --base {target_folder}; give what it went on from",
         ),
         (target_folder, ("--second", tmp_path), f"{tmp_path}: a folder without config.json; expected a Hugging Face"),
         (
