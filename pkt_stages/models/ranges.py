@@ -105,11 +105,11 @@ def statistics(values: Tensor) -> Tensor:
 def of_models(first: ModelRef, second: ModelRef) -> Parts | None:
     """What the second model has more than the first, weight by weight, float32.
 
-    None if there is no such thing, because their sizes differ, or a weight of one is not in the other: architectures,
-    biases and heads of their own differ also among models of one size.
+    None if there is no such thing, because their sizes differ, or a weight of one is not in the other (architectures,
+    biases and heads of their own differ also among models of one size), or one stores gains - 1 as Gemma does.
     """
-    sizes = [geometry(load_config(ref)) for ref in (first, second)]
-    if sizes[0] != sizes[1]:
+    configs = [load_config(ref) for ref in (first, second)]
+    if len({(geometry(config), family(config).gain_offset) for config in configs}) > 1:
         return None
     checkpoints = [Checkpoint(ref) for ref in (first, second)]
     names = checkpoints[0].names()

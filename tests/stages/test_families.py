@@ -72,10 +72,11 @@ def test_attribute_to_evaluate(pkt: Run, tmp_path: Path, name: str) -> None:
     assert found[0]["log_likelihoods"] != base[0]["log_likelihoods"]
 
 
-def test_compare(pkt: Run, tmp_path: Path) -> None:
-    """Models of one size need not have the same weights."""
-    sizes = {"head_dim": 16, "tie_word_embeddings": False}
-    first, second = (save(CASES[name], tmp_path / name, **sizes) for name in ("qwen2", "phi3"))
+@pytest.mark.parametrize("names", [("qwen2", "phi3"), ("llama3", "gemma")])
+def test_compare(pkt: Run, tmp_path: Path, names: tuple[str, str]) -> None:
+    """Models of one size need not have the same weights, nor mean the same by weights of the same names."""
+    sizes = {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    first, second = (save(CASES[name], tmp_path / name, **sizes) for name in names)
     given = ("--texts", texts(tmp_path / "t.jsonl"), "--num-texts", 4, "--reduction", "all")
     pair = ("--first", first, "--second", second, "--out", tmp_path / "o", "--metrics", tmp_path / "m.json")
     status, printed, err = pkt("compare", *pair, *given)

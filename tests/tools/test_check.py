@@ -346,7 +346,7 @@ def test_a_vocabulary_is_not_moved_into_one_weight(own: Path) -> None:
     shutil.copytree(own / "data/tiny/source-chat", own / "data/tiny/source-base")
 
     def moved(params: dict[str, Any]) -> None:
-        params["transport_source"] = ["source"]
+        params |= {"transport_source": ["source"], "correlate": {"num_texts": 6}}
         add_row(params, "transport", "matched", {"code": "matched"})
 
     assert found(own, moved) == [
