@@ -64,7 +64,8 @@ def cka(
         try:
             similarity[site] = sums[site].cka().cpu()
         except ValueError as error:
-            raise UserError(f"{site}: {error}; use other texts") from None
+            todo = "use other texts; a layer that adds nothing (filler of `pkt reexpress`) has none: leave that pair out"
+            raise UserError(f"{site}: {error}; {todo}") from None
     return similarity
 
 
