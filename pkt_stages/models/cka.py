@@ -64,7 +64,7 @@ def cka(
         try:
             similarity[site] = sums[site].cka().cpu()
         except ValueError as error:
-            todo = "use other texts; a layer that adds nothing (filler of `pkt reexpress`) has none: leave that pair out"
+            todo = "use other texts, or leave out a model with layers that add nothing (filler of `pkt reexpress`)"
             raise UserError(f"{site}: {error}; {todo}") from None
     return similarity
 

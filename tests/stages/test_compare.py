@@ -273,7 +273,8 @@ def test_seeking_against_weight_base_and_submatrix(
         ),
         (
             ("--max-tokens", 1),
-            "ffn_up: first layer 0: its features do not vary, CKA is undefined; use other texts",
+            "ffn_up: first layer 0: its features do not vary, CKA is undefined; use other texts, or leave out a model"
+            " with layers that add nothing (filler of `pkt reexpress`)",
         ),
     ],
 )
