@@ -55,6 +55,11 @@ def expected_logits(target: Path, change: Change) -> Tensor:
     return found
 
 
+def assert_may_be_read(folder: Path) -> None:
+    """By whom the other files may be; safetensors writes its own for their owner alone."""
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("label", ["toy_10", "seed_0", "delta"])
 def test_any_row_becomes_a_complete_model(
     pkt: Run, target_folder: Path, changes: dict[str, Change], row: Path, tmp_path: Path, label: str
@@ -65,6 +70,7 @@ def test_any_row_becomes_a_complete_model(
     status, printed, err = export(pkt, target_folder, row, out, "--run", label)
     assert status == 0, err
     assert printed.startswith(f"export: {label} in the target, ") and printed.count("\n") == 1
+    assert_may_be_read(out)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits_of(model), expected_logits(target_folder, changes[label]))
     assert model.dtype == torch.float32
@@ -92,6 +98,7 @@ def test_a_low_rank_change_becomes_an_adapter(
         found = logits_of(PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
     torch.testing.assert_close(found, expected_logits(target_folder, changes["seed_0"]), rtol=1e-4, atol=1e-4)
     assert load_adapter(tmp_path / "adapter").alpha == 8.0
+    assert_may_be_read(tmp_path / "adapter")
     assert list(read_changes(tmp_path / "adapter").items) == ["adapter"]
 
 
