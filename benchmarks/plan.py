@@ -1,6 +1,6 @@
 """Are the formulas of `pkt plan` right? What they predict of a profile beside what `pkt sweep` measured of it here.
 
-    python -m benchmarks.plan [profiles/NAME/dvc.yaml]
+    python -m benchmarks.plan [profiles/NAME/dvc.yaml] [--tokens 128]
 
 By kind of stage: seconds by the formulas with this machine's own speeds (measured first), seconds that they took in the
 last sweep, and their ratio; and what reading and estimating itself takes.
@@ -8,11 +8,12 @@ last sweep, and their ratio; and what reading and estimating itself takes.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from pkt_stages.tools.graph import Graph, open_repo
 from pkt_stages.tools.plan import Estimator, Machine
@@ -36,7 +37,10 @@ def speeds() -> Machine:
     return Machine(flops=2 * WIDTH**3 / min(products), bandwidth=COPIED / min(copies))
 
 
-def main(target: str = "dvc.yaml", tokens: int = 128) -> None:
+def main(
+    target: Annotated[str, typer.Argument()] = "dvc.yaml",
+    tokens: Annotated[int, typer.Option(help="Of an example, as for `pkt plan`.")] = 128,
+) -> None:
     machine = speeds()
     print(f"this machine: {machine.flops / 1e9:.0f} GFLOP/s in products, {machine.bandwidth / 1e9:.1f} GB/s")
     started = time.process_time()
@@ -59,4 +63,4 @@ def main(target: str = "dvc.yaml", tokens: int = 128) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    typer.run(main)
