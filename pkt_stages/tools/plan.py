@@ -473,7 +473,8 @@ def stale(graph: Graph) -> list[Any]:
     From `code` follows only what its new hashes change.
     """
     coded = [stage for stage in graph.stages if str(stage.cmd).startswith("pkt code ")]
-    known = {path: md5 for stage in coded for path, md5 in code_hashes(stage).items()}
+    ran = any(out.hash_info for stage in graph.stages for out in stage.outs)  # else all would run, whatever the code
+    known = {path: md5 for stage in coded for path, md5 in code_hashes(stage).items()} if ran else {}
     found: dict[Any, bool] = {}
     with graph.locked() as locked:
         if not locked:
