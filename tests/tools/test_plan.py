@@ -282,6 +282,8 @@ def test_only_what_new_code_changes_is_out_of_date(tmp_path: Path, monkeypatch: 
         md5 = {name: hashlib.md5(f"{text}\n".encode()).hexdigest() for name, text in (hashes | changed).items()}
         monkeypatch.setattr(plan, "code_hashes", lambda stage: {f"{tmp_path}/code/{n}": h for n, h in md5.items()})
 
+    monkeypatch.setattr(plan, "code_hashes", lambda stage: pytest.fail("no stage has run, and none need be asked"))
+    assert names() == ["code", "a", "b", "after"]
     would_be()
     with open_repo() as repo:
         repo.commit(force=True)
