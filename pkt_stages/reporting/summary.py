@@ -12,7 +12,7 @@ from typing import Any
 from pkt_stages.profile import Method, Profile
 from pkt_stages.reporting.measure import NATS, POINTS, Measure
 from pkt_stages.reporting.result import CEILINGS, CONTROLS, Result
-from pkt_stages.reporting.table import compact, corrected, difference
+from pkt_stages.reporting.table import corrected, difference, rounded
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Found:
     Attributes:
         higher: tasks on which it is shown above the target; `beyond`: of these those on which it is shown above each of
             its controls as well.
+        gained: the least and the largest difference to the target on those, as text; empty if there are none.
         below: tasks on which a control is shown above it.
         num_tasks: that were measured.
         controlled: whether it has a control.
@@ -31,6 +32,7 @@ class Found:
     label: str
     higher: list[str]
     beyond: list[str]
+    gained: str
     below: list[str]
     num_tasks: int
     controlled: bool
@@ -71,12 +73,15 @@ def compared(profile: Profile, result: Result, measure: Measure) -> list[Found]:
     for row in (rows[method.name] for method in ours):
         marks = {task: against.get((row.slug, task), set()) for task in row.cells}
         higher = [task for task in row.cells if (versus := row.versus(task)) and versus.mark == "▲"]
+        beyond = [task for task in higher if marks[task] == {"▲"}]
+        gains = sorted(versus.difference for task in beyond if (versus := row.versus(task)))
         made.append(
             Found(
                 source=result.source,
                 label=row.label,
                 higher=higher,
-                beyond=[task for task in higher if marks[task] == {"▲"}],
+                beyond=beyond,
+                gained=_span(gains, measure, "+"),
                 below=[task for task in row.cells if "▼" in marks[task]],
                 num_tasks=len(row.cells),
                 controlled=any(marks.values()),
@@ -95,7 +100,7 @@ def sentences(profile: Profile, results: Sequence[Result], tasks: Mapping[str, s
     if not found:
         return ["No row of this report has a source, so it says nothing of a transfer."]
     held = [f for f in found if f.controlled]
-    shown = _listed(held, lambda f: f.beyond)
+    shown = _listed(held, lambda f: f.beyond, sized=measure.name)
     made = [
         f"Shown to transfer, by {unit} (above the target and above each of its controls): {shown}."
         if shown
@@ -123,21 +128,31 @@ def markdown(said: Sequence[str]) -> str:
     return "### In short\n\n" + "\n".join(lines) + "\n"
 
 
-def _listed(found: Sequence[Found], shown: Callable[[Found], Any], *, counted: bool = True) -> str:
+def _listed(
+    found: Sequence[Found], shown: Callable[[Found], Any], *, counted: bool = True, sized: str | None = None
+) -> str:
     """`matched transport (from s, 4 of 4 tasks; t, 1 of 4 tasks)`: of those that `shown` is true of, by method.
 
     Args:
         shown: if `counted`, a list of tasks, of which the number is told.
+        sized: the unit of how much was gained, which is told too.
     """
     parts: dict[str, list[str]] = {}
     for one in filter(shown, found):
         told = f", {len(shown(one))} of {one.num_tasks} tasks" if counted else ""
+        told += f" by {one.gained} {sized}" if sized else ""
         parts.setdefault(one.label, []).append(f"{one.source}{told}")
     total = Counter(one.label for one in found)
     return "; ".join(
         f"{label} (from {'each source' if not counted and 2 < len(p) == total[label] else '; '.join(p)})"
         for label, p in parts.items()
     )
+
+
+def _span(values: Sequence[float], measure: Measure, sign: str = "") -> str:
+    """`0.5 to 9.8`: the first and the last of sorted values, or one if they look alike."""
+    ends = dict.fromkeys(rounded(value, measure.digits, sign) for value in (*values[:1], *values[-1:]))
+    return " to ".join(ends)
 
 
 def _unseen(results: Sequence[Result], measure: Measure, tasks: Mapping[str, str]) -> str:
@@ -153,8 +168,7 @@ def _unseen(results: Sequence[Result], measure: Measure, tasks: Mapping[str, str
         seen = sorted(v.detectable for v in versus if v.detectable is not None)
         blind += len(versus) - len(seen)
         if seen:
-            low, high = (compact(value, measure.digits) for value in (seen[0], seen[-1]))
-            parts.append(f"{title} {low}" if low == high else f"{title} {low} to {high}")
+            parts.append(f"{title} {_span(seen, measure)}")
     if not parts and not blind:
         return "Every row differs from the target, so that power is no question here."
     text = (

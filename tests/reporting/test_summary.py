@@ -31,7 +31,7 @@ def test_above_the_target_and_its_control(tmp_path: Path) -> None:
     found = said(tmp_path, {"matched/s": ALL, "control_random_isometry/s": NONE}, made_by=CONTROLLED)
     assert found == [
         "Shown to transfer, by score (above the target and above each of its controls): matched transport (from s, 1 of"
-        " 1 tasks).",
+        " 1 tasks by +100.0 points).",
         "Every row differs from the target, so that power is no question here.",
     ]
 
