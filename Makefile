@@ -56,7 +56,7 @@ lint: .venv/test
 soak: .venv/test
 	@OMP_NUM_THREADS=1 python -m pytest -s -o tmp_path_retention_policy=failed tests/soak/soak.py
 
-# The graph as jobs of a real Slurm, and remotes over SSH and S3, on this machine (tests/cluster). Debian:
+# The graph as jobs of a real Slurm, and remotes over SSH and S3, on this machine (tests/cluster; some 25 minutes). Debian:
 # apt install slurmctld slurmd slurm-client munge openssh-server
 cluster: .venv/cluster
 	@OMP_NUM_THREADS=1 python -m pytest -s -o tmp_path_retention_policy=failed tests/cluster/slurm.py tests/cluster/remotes.py

@@ -147,7 +147,7 @@ def new_profile(
     typer.echo(f"new-profile: {path} with {len(chosen)} tasks and {sum(map(len, ROWS.values()))} rows")
     for line in left:
         typer.echo(f"still missing: {line}")
-    if any(f"{model!r}: no folder" in line for line in left for model in (chat_model(source), target)):
+    if not all((root / found["models_dir"] / model).is_dir() for model in (chat_model(source), target)):
         typer.echo(f"if a model's name is mistyped: rm -r {path.parent}, and once more")
     typer.echo(
         f"next: {'mend that, ' if left else ''}edit {path}, pkt check {path.parent}, pkt plan {path.parent / GRAPH}"
