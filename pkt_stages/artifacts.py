@@ -269,6 +269,7 @@ def replaced_folder(out: Path, mark: str) -> Iterator[Path]:
         assert (beside / mark).is_file(), mark
         for path in beside.rglob("*"):
             if path.is_file():
+                shutil.copymode(beside / mark, path)  # safetensors keeps what it writes for its owner alone
                 flush(path)
         shutil.rmtree(out, ignore_errors=True)
         beside.replace(out)

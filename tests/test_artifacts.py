@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -214,6 +215,17 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
         replace(out, other="3")
     assert {path.name: path.read_text() for path in out.iterdir()} == {"mark": "2", "new": "y"}
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_folder_s_files_may_be_read_by_the_same_users(tmp_path: Path) -> None:
+    """Whoever wrote them: safetensors lets nobody but their owner."""
+    with artifacts.replaced_folder(tmp_path / "out", "mark") as folder:
+        (folder / "mark").write_text("1")
+        (folder / "deep").mkdir()
+        safetensors.torch.save_file({"a": torch.zeros(2)}, folder / "deep/a.safetensors")
+        (folder / "deep/a.safetensors").chmod(0o600)
+    modes = [(tmp_path / "out" / name).stat().st_mode for name in ("mark", "deep/a.safetensors")]
+    assert modes[0] == modes[1]
 
 
 def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path) -> None:

@@ -91,15 +91,6 @@ def log_softmax(logits: Float[Tensor, "*batch vocab"], softcap: float | None = N
     return torch.log_softmax(logits if softcap is None else softcap * (logits / softcap).tanh(), dim=-1)
 
 
-def log_probabilities(
-    unembedding: Float[Tensor, "vocab d_model"],
-    residual: Float[Tensor, "example d_model"],
-    divisor: Float[Tensor, " example"],
-) -> Float[Tensor, "example vocab"]:
-    """log softmax of the logit lens, float64."""
-    return log_softmax(logits(unembedding, residual, divisor))
-
-
 def block_gain(
     before: Float[Tensor, "example vocab"], after: Float[Tensor, "example vocab"], token: Int[Tensor, " example"]
 ) -> Float[Tensor, " example"]:

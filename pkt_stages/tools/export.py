@@ -6,7 +6,6 @@ Either with a card (README.md) that says what it is, of what it was made and how
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,8 +84,6 @@ def export(
             }
         text = card(row, stored, base, facts=facts, scale=scale, scores=found, adapter=adapter)
         (folder / CARD).write_text(text, encoding="utf-8")
-        for weights in folder.glob("*.safetensors"):  # which the library keeps from everybody else's eyes
-            shutil.copymode(folder / CARD, weights)
     watch.summary("export", f"{stored.label} {shown}", out)
 
 

@@ -31,7 +31,7 @@ def random_case(scale: float, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def ours(case: dict[str, torch.Tensor], tolerance: float = 1e-6) -> core.Scores:
-    log_p = core.log_probabilities(case["unembedding"], case["residual"], case["divisor"])
+    log_p = core.log_softmax(core.logits(case["unembedding"], case["residual"], case["divisor"]))
     scaled = case["coefficients"] / case["divisor"][:, None]
     centred = core.centred(case["unembedding"])
     [base] = core.bases(log_p[None], case["token"], centred)

@@ -48,6 +48,7 @@ def test_lens_at_the_last_layer_is_the_models_own_distribution(target_folder: Pa
     kept = capture(model, [0, 9, 8, 7])
     own = lens(model)
     unembedding, eps = own.unembedding, own.eps
-    log_p = core.log_probabilities(unembedding, kept.final[None], core.lens_divisor(kept.final[None], eps, "rms"))
+    divisor = core.lens_divisor(kept.final[None], eps, "rms")
+    log_p = core.log_softmax(core.logits(unembedding, kept.final[None], divisor))
     logits = model(torch.tensor([[0, 9, 8, 7]])).logits[0, -1]
     assert torch.allclose(log_p[0], logits.double().log_softmax(-1), atol=1e-5)
