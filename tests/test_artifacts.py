@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -222,7 +221,7 @@ def test_a_folder_s_files_may_be_read_by_the_same_users(tmp_path: Path) -> None:
     with artifacts.replaced_folder(tmp_path / "out", "mark") as folder:
         (folder / "mark").write_text("1")
         (folder / "deep").mkdir()
-        safetensors.torch.save_file({"a": torch.zeros(2)}, folder / "deep/a.safetensors")
+        save_file({"a": torch.zeros(2)}, folder / "deep/a.safetensors")
         (folder / "deep/a.safetensors").chmod(0o600)
     modes = [(tmp_path / "out" / name).stat().st_mode for name in ("mark", "deep/a.safetensors")]
     assert modes[0] == modes[1]
